@@ -1,0 +1,49 @@
+# Each target builds .venv first where it is missing or older than what defines it.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo serve test test-slow bench bench-engine lint localisation constraints clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tools.demo $(IMAGE)
+
+serve: $(INSTALLED)
+	exec $(BIN)/python -m tools.server
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(INSTALLED)
+	@echo "bench: only the engine's benchmark exists yet, make bench-engine"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The engine against Captum, in one process.
+bench-engine: $(INSTALLED)
+	$(BIN)/python -m tools.bench_engine $(ARGS)
+
+# How much of the heat lies on the shapes, over 200 held-out images.
+localisation: $(INSTALLED)
+	$(BIN)/python -m tools.shapes.localisation
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "Python 3.10 to 3.13 is needed, not " + sys.version.split()[0] + "; set PYTHON")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python .venv --constraints constraints.txt --requirements pyproject.toml --group dev --editable ./client
+	touch $@
+
+# Resolve anew what pyproject.toml and client/pyproject.toml leave open.
+constraints: $(INSTALLED)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --upgrade \
+		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
+
+clean:
+	rm -rf .venv out model_repository/classifier/1/* model_repository/classifier/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,330 @@
+"""Integrated Gradients of many unlike requests at once, with Captum's definitions and none of its repeated work.
+
+Everything a batch asks becomes **rows**: one image at one point of its path. Rows of whatever images, targets, step
+counts, methods and noise samples share chunks of at most ``max_rows``, which bounds memory, and are summed back per
+path. Where the network has an affine ``stem``, it is evaluated at a path's ends only, and its transpose applied to the
+sum of a path's gradients only. README.md beside this folder derives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import captum.attr
+import torch
+from captum.attr._utils.common import _format_input_baseline, _validate_input
+from captum.log import log_usage
+from classifier_network import CapturedRows, Network, UnsupportedOutputError
+from path_quadrature import quadrature
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to explain: the gradients of one function of the network's logits, along one path or several.
+
+    ``image`` and ``baseline`` are float [channels, height, width] on the engine's device. The function is the logit, or
+    with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
+
+    With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
+    image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
+    """
+
+    image: Tensor
+    baseline: Tensor
+    target: int
+    n_steps: int = 50
+    method: str = "gausslegendre"
+    probability: bool = False
+    contrast: int | None = None
+    nt_samples: int = 1
+    stdevs: float = 0.0
+    seed: int = 0
+    image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
+    baseline_key: Hashable = None  # equal keys promise equal baselines, whose evaluation is then kept
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The attribution of one job.
+
+    ``attributions`` is shaped like the image; ``convergence_delta``, a scalar tensor, is Captum's: the sum of the
+    attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations.
+    """
+
+    attributions: Tensor
+    convergence_delta: Tensor | None
+    n_steps: int
+    error_estimate: float = math.nan
+
+
+class _Path:
+    """One path under way: its end points in feature space, what is left of its rows, the sum of its gradients."""
+
+    def __init__(self, job: Job, image: Tensor) -> None:
+        self.job, self.image = job, image
+        self.nodes, self.weights = quadrature(job.method, job.n_steps)
+        self.next_row = 0
+        self.start: Tensor | None = None
+        self.displacement: Tensor | None = None
+        self.gradient: Tensor | None = None
+
+    @property
+    def rows_left(self) -> int:
+        return len(self.nodes) - self.next_row
+
+
+def _paths(jobs: Iterable[Job]) -> Iterator[_Path]:
+    for job in jobs:
+        generator = torch.Generator().manual_seed(job.seed)
+        for _ in range(job.nt_samples):
+            image = job.image
+            if job.stdevs:
+                noise = torch.randn(image.shape, generator=generator).to(image)
+                image = image + job.stdevs * noise
+            yield _Path(job, image)
+
+
+class IntegratedGradients(captum.attr.IntegratedGradients):
+    """``captum.attr.IntegratedGradients``, with a batched entry for unlike jobs.
+
+    Args:
+        forward_func: see Captum; or a ``Network``. A module that has ``stem`` and ``tail`` takes the hoisted road.
+        multiply_by_inputs: see Captum.
+        max_rows: rows of one forward and backward pass; bounds memory.
+        capture: replay the passes as CUDA graphs; needs a network on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        multiply_by_inputs: bool = True,
+        max_rows: int = 8,
+        capture: bool = False,
+    ) -> None:
+        self.network = forward_func if isinstance(forward_func, Network) else Network(forward_func)
+        # Captum's code needs a function that returns logits and nothing else; it finds hooks only on the module itself.
+        returns_tuple = self.network.hoists or isinstance(self.network.module, torch.jit.ScriptModule)
+        super().__init__(self.network if returns_tuple else self.network.module, multiply_by_inputs)
+        self.max_rows = max_rows
+        self._equal_chunks = not capture
+        self._row_gradients = CapturedRows(self.network, max_rows) if capture else self.network.row_gradients
+        self._kept_baselines: dict[Hashable, Tensor] = {}
+
+    @log_usage()  # NoiseTunnel calls what this decorator wraps
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Captum's ``attribute``, faster where one tensor goes into a module that returns class scores.
+
+        Several inputs, extra forward arguments, functions that are no modules, modules with hooks, and targets other
+        than one class an example go to Captum's own code. Arguments, results and errors are Captum's.
+        """
+        jobs = None
+        if additional_forward_args is None:
+            jobs = self._captum_jobs(inputs, baselines, target, n_steps, method, return_convergence_delta)
+        if jobs is not None:
+            try:
+                found = self.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
+            except UnsupportedOutputError:
+                jobs = None
+        if jobs is None:
+            return super().attribute(
+                inputs,
+                baselines,
+                target,
+                additional_forward_args,
+                n_steps,
+                method,
+                internal_batch_size,
+                return_convergence_delta,
+            )
+        attributions = torch.stack([explanation.attributions for explanation in found])
+        attributions = (attributions,) if isinstance(inputs, tuple) else attributions
+        if not return_convergence_delta:
+            return attributions
+        return attributions, torch.stack([explanation.convergence_delta for explanation in found])
+
+    def _captum_jobs(
+        self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str, with_delta: bool
+    ) -> list[Job] | None:
+        """A call in Captum's form as jobs, or None where it is not one that the engine accelerates."""
+        formatted, starts = _format_input_baseline(inputs, baselines)
+        _validate_input(formatted, starts, n_steps, method)
+        images, start = formatted[0], starts[0]
+        if len(formatted) > 1 or not images.is_floating_point() or not _is_hookless_module(self.network.module):
+            return None
+        if isinstance(target, int):
+            targets = [target] * len(images)
+        elif isinstance(target, Tensor) and target.dim() <= 1 and not target.is_floating_point():
+            targets = target.reshape(-1).tolist()
+        elif isinstance(target, list) and all(isinstance(each, int) for each in target):
+            targets = list(target)
+        else:
+            return None
+        if len(targets) == 1:
+            targets *= len(images)
+        if len(targets) != len(images) or not targets or min(targets) < 0:
+            return None
+        images = images.detach()
+        if not isinstance(start, Tensor):
+            start = torch.full_like(images[:1], start)
+        start = start.detach().to(images).expand_as(images)
+        return [
+            Job(image, own_start, own_target, n_steps, method)
+            for image, own_start, own_target in zip(images, start, targets)
+        ]
+
+    @torch.no_grad()
+    def explain(
+        self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
+    ) -> list[Explanation | None]:
+        """Explain unlike jobs together.
+
+        Args:
+            jobs: what to explain; their images need not have one shape, but chunks are shared only where they do.
+            max_rows: fewer rows a chunk than the engine's own setting.
+            with_delta: compute convergence deltas, which takes up to two forward rows a path.
+
+        Returns:
+            One explanation a job, in order; None for a job that was cancelled on the way.
+        """
+        limit = min(max_rows or self.max_rows, self.max_rows)
+        parts: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        for path in self._integrate(jobs, limit):
+            parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
+            path.start = path.displacement = path.gradient = None
+        return [self._mean(job, parts.get(id(job), [])) for job in jobs]
+
+    def _mean(self, job: Job, parts: list[tuple[Tensor, Tensor | None]]) -> Explanation | None:
+        """The explanation of a job from its paths, or None if not all were finished."""
+        if len(parts) < job.nt_samples:
+            return None
+        attributions, deltas = zip(*parts)
+        mean = attributions[0] if len(parts) == 1 else torch.stack(attributions).mean(dim=0)
+        delta = None if deltas[0] is None else torch.stack(deltas).mean()
+        return Explanation(mean, delta, job.nt_samples * job.n_steps)
+
+    def _integrate(self, jobs: Sequence[Job], limit: int) -> Iterator[_Path]:
+        """Sum the gradients of all rows; yields each path when its last row is done."""
+        unstarted = _paths(jobs)
+        rows_left = sum(job.nt_samples * job.n_steps for job in jobs)
+        under_way: list[_Path] = []
+        while rows_left:
+            # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
+            while sum(path.rows_left for path in under_way) < limit and (path := next(unstarted, None)):
+                under_way.append(path)
+            cancelled = [path for path in under_way if path.job.is_cancelled()]
+            if cancelled:
+                rows_left -= sum(path.rows_left for path in cancelled)
+                under_way = [path for path in under_way if path not in cancelled]
+                continue
+            room = limit
+            if self._equal_chunks:
+                # 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
+                room = math.ceil(rows_left / math.ceil(rows_left / limit))
+            segments: list[tuple[_Path, slice]] = []
+            for path in under_way:
+                if room == 0 or path.image.shape != under_way[0].image.shape:
+                    break
+                rows = min(room, path.rows_left)
+                segments.append((path, slice(path.next_row, path.next_row + rows)))
+                room -= rows
+                rows_left -= rows
+            self._run_chunk(segments)
+            yield from (path for path, _ in segments if path.rows_left == 0)
+            under_way = [path for path in under_way if path.rows_left]
+
+    def _run_chunk(self, segments: list[tuple[_Path, slice]]) -> None:
+        self._enter([path for path, _ in segments if path.start is None])
+        features = torch.cat(
+            [
+                torch.addcmul(path.start, _column(path.nodes[rows], path.start), path.displacement)
+                for path, rows in segments
+            ]
+        )
+        gradients = self._row_gradients(features, *_objectives(segments, features))
+        first = 0
+        for path, rows in segments:
+            own = gradients[first : first + rows.stop - rows.start]
+            first += len(own)
+            total = torch.tensordot(path.weights[rows].to(own), own, dims=1).unsqueeze(0)
+            path.gradient = total if path.gradient is None else path.gradient.add_(total)
+            path.next_row = rows.stop
+
+    def _enter(self, paths: list[_Path]) -> None:
+        """Place the ends of new paths in feature space."""
+        if not paths:
+            return
+        ends = self.network.stem(torch.stack([path.image for path in paths]))
+        for path, end in zip(paths, ends):
+            path.start = self.network.stem(path.job.baseline.unsqueeze(0))
+            path.displacement = end.unsqueeze(0) - path.start
+
+    def _conclude(self, path: _Path, with_delta: bool) -> tuple[Tensor, Tensor | None]:
+        """Attribution and convergence delta of a finished path."""
+        job, image = path.job, path.image
+        attributions = self.network.transposed_stem(path.gradient, image.unsqueeze(0))[0]
+        if self.multiplies_by_inputs:
+            attributions = attributions * (image - job.baseline)
+        if not with_delta:
+            return attributions, None
+        known = job.image_logits is not None and not job.stdevs
+        end = job.image_logits if known else self.network(image.unsqueeze(0))[0]
+        change = _objective(end, job) - _objective(self._baseline_logits(job), job)
+        return attributions, attributions.sum() - change
+
+    def _baseline_logits(self, job: Job) -> Tensor:
+        if job.baseline_key in self._kept_baselines:
+            return self._kept_baselines[job.baseline_key]
+        logits = self.network(job.baseline.unsqueeze(0))[0]
+        if job.baseline_key is not None:
+            self._kept_baselines[job.baseline_key] = logits
+        return logits
+
+
+def _is_hookless_module(function: Any) -> bool:
+    """Whether Captum's own code would see nothing of this module's inside, either."""
+    if not isinstance(function, torch.nn.Module):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(module, name, None) for module in function.modules() for name in hooks)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """Values [n] as [n, 1, ...] for broadcasting against ``like`` [1, ...], in its dtype and on its device."""
+    return values.to(like).view(-1, *[1] * (like.dim() - 1))
+
+
+def _objectives(segments: list[tuple[_Path, slice]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each row explains, as ``Network.row_gradients`` takes it."""
+    classes, signs, on_probability = [], [], []
+    for path, rows in segments:
+        job, count = path.job, rows.stop - rows.start
+        classes += [[job.target, job.target if job.contrast is None else job.contrast]] * count
+        signs += [[1.0, 0.0 if job.contrast is None else -1.0]] * count
+        on_probability += [[job.probability]] * count
+    device = like.device
+    return (
+        torch.tensor(classes, device=device),
+        torch.tensor(signs, dtype=like.dtype, device=device),
+        torch.tensor(on_probability, device=device),
+    )
+
+
+def _objective(logits: Tensor, job: Job) -> Tensor:
+    """The explained function of logits [classes]."""
+    values = logits.softmax(dim=-1) if job.probability else logits
+    return values[job.target] if job.contrast is None else values[job.target] - values[job.contrast]

@@ -1,0 +1,96 @@
+"""The request parameters of ``integrated_gradients``: parsed and validated once, trusted by everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+class ParameterError(ValueError):
+    """A request parameter is unknown or has a value that is not allowed; the message names both."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask at most; settings of the model."""
+
+    max_n_steps: int = 1000
+    max_nt_samples: int = 50
+
+
+def _refuse_booleans(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is no number")
+    return value
+
+
+_Integer = Annotated[int, BeforeValidator(_refuse_booleans)]
+_Number = Annotated[float, BeforeValidator(_refuse_booleans)]
+
+
+class AttributionParameters(BaseModel):
+    """What a request asks of Integrated Gradients. Each description completes "NAME must be"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_steps: _Integer = Field(50, ge=1, description="an integer from 1 (2 with a riemann method) to {max_n_steps}")
+    method: Literal["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"] = Field(
+        "gausslegendre", description="one of {choices}"
+    )
+    baseline: Literal["zero", "black", "gray", "white", "blur", "noise"] = Field("zero", description="one of {choices}")
+    output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
+    contrast: _Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
+    nt_samples: _Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
+    stdevs: _Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
+    seed: _Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
+
+    @property
+    def smooths(self) -> bool:
+        """Whether noise was asked for: the defaults alone are plain Integrated Gradients."""
+        return bool(self.model_fields_set & {"nt_samples", "stdevs"})
+
+    def check_limits(self, limits: Limits) -> None:
+        """Hold the values against the server's limits.
+
+        Raises:
+            ParameterError: one is over its limit.
+        """
+        least = 2 if self.method.startswith("riemann") else 1
+        if not least <= self.n_steps <= limits.max_n_steps:
+            raise _refusal("n_steps", self.n_steps, limits)
+        if self.nt_samples > limits.max_nt_samples:
+            raise _refusal("nt_samples", self.nt_samples, limits)
+
+
+def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] = frozenset()) -> AttributionParameters:
+    """Validate the parameters of one request.
+
+    Args:
+        sent: names and values as they came; numbers may be numeric strings.
+        limits: the server's limits.
+        foreign: names that are passed over, because they belong to other steps of an ensemble. Names that begin with
+            ``triton_`` are Triton's own and are passed over too.
+
+    Raises:
+        ParameterError: names the parameter, what came and what is allowed.
+    """
+    own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    try:
+        parameters = AttributionParameters.model_validate(own)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise _refusal(name, own[name], limits) from None
+    parameters.check_limits(limits)
+    return parameters
+
+
+def _refusal(name: str, value: Any, limits: Limits) -> ParameterError:
+    fields = AttributionParameters.model_fields
+    if name not in fields:
+        return ParameterError(f"unknown parameter {name!r:.100}; known are {', '.join(sorted(fields))}")
+    choices = ", ".join(map(str, getattr(fields[name].annotation, "__args__", ())))
+    allowed = fields[name].description.format(**asdict(limits), choices=choices)
+    return ParameterError(f"parameter {name!r} must be {allowed}, not {value!r:.100}")

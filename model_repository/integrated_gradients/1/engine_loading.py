@@ -1,0 +1,63 @@
+"""From a TorchScript file to an engine that fits its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from attribution_engine import IntegratedGradients
+from classifier_network import Network
+
+PRECISIONS = ("tf32", "float16", "ieee")
+# Rows a chunk on a CPU: see the table in README.md beside this folder.
+CPU_MAX_ROWS = 8
+# On a GPU: at most so many rows, and at most this share of the memory that is free.
+GPU_MAX_ROWS = 64
+GPU_MEMORY_SHARE = 0.25
+
+
+def build_engine(
+    file: Path, device: torch.device, image_shape: Sequence[int], max_rows: int = 0, precision: str = "tf32"
+) -> IntegratedGradients:
+    """Load a classifier and make the engine that explains it.
+
+    Args:
+        file: TorchScript, see ``Network``.
+        device: where to compute.
+        image_shape: [channels, height, width], to try the memory that a row takes.
+        max_rows: rows of one pass; 0 chooses by the device.
+        precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU computes in float32 always.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    module = torch.jit.load(str(file), map_location=device).eval()
+    for weight in module.parameters():
+        weight.requires_grad_(False)
+    module = module.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        return IntegratedGradients(module, max_rows=max_rows or CPU_MAX_ROWS)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "ieee"
+    torch.backends.cudnn.benchmark = True
+    network = Network(module, torch.float16 if precision == "float16" else None)
+    return IntegratedGradients(network, max_rows=max_rows or _rows_that_fit(network, device, image_shape), capture=True)
+
+
+def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence[int]) -> int:
+    """A power of two: rows whose activations take at most a share of the free memory."""
+    features = network.stem(torch.zeros(1, *image_shape, device=device))
+    arguments = (
+        torch.zeros(1, 2, dtype=torch.int64, device=device),
+        torch.zeros(1, 2, device=device),
+        torch.zeros(1, 1, dtype=torch.bool, device=device),
+    )
+    network.row_gradients(features, *arguments)  # the first pass also loads libraries
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    network.row_gradients(features, *arguments)
+    row_bytes = max(1, torch.cuda.max_memory_allocated(device) - before)
+    fitting = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] / row_bytes)
+    return 1 << max(0, min(fitting, GPU_MAX_ROWS).bit_length() - 1)

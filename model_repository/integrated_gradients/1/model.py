@@ -1,0 +1,144 @@
+"""Triton model: Integrated Gradients of the classifier's own TorchScript file, for batches of unlike requests."""
+
+from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from attribution_engine import Explanation, Job
+from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
+from engine_loading import build_engine
+from path_baselines import Baselines
+
+
+@dataclass(frozen=True)
+class Work:
+    """One valid request: ``pixels`` [n, 3, height, width] and ``logits`` [n, classes] tensors, ``targets`` resolved."""
+
+    pixels: torch.Tensor
+    logits: torch.Tensor
+    targets: list[int]
+    parameters: AttributionParameters
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.limits = Limits(int(settings["max_n_steps"]), int(settings["max_nt_samples"]))
+        self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
+        mean, std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
+        self.baselines = Baselines(mean, std)
+
+        on_gpu = args["model_instance_kind"] == "GPU"
+        self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
+        # The very file that the classifier serves: same repository, same version.
+        file = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "model.pt"
+        if not file.is_file():
+            raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
+        if not on_gpu:
+            os.nice(int(settings["cpu_niceness"]))
+            if threads := int(settings["cpu_threads"]):
+                torch.set_num_threads(threads)
+        shape = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "PIXELS")
+        self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"])
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        pb_utils.Logger.log_info(
+            f"integrated_gradients explains {file}, sha256 {checksum}, "
+            f"on {self.device}, {self.engine.max_rows} rows a chunk"
+        )
+
+    def execute(self, requests):
+        works = [self._read(request) for request in requests]
+        jobs = [
+            job
+            for request, work in zip(requests, works)
+            if isinstance(work, Work)
+            for job in self._jobs(work, request.is_cancelled)
+        ]
+        explanations = iter(self.engine.explain(jobs))
+        responses = []
+        for request, work in zip(requests, works):
+            if isinstance(work, Work):
+                work = self._respond(request, work, [next(explanations) for _ in work.targets])
+            responses.append(work)
+        return responses
+
+    def _read(self, request) -> Work | pb_utils.InferenceResponse:
+        """The request as work to do, or the response that refuses it."""
+        pixels, logits = (
+            torch.from_numpy(pb_utils.get_input_tensor_by_name(request, name).as_numpy()).to(self.device)
+            for name in ("PIXELS", "LOGITS")
+        )
+        classes = logits.shape[1]
+        target = pb_utils.get_input_tensor_by_name(request, "TARGET")
+        wanted = [-1] * len(pixels) if target is None else target.as_numpy()[:, 0].tolist()
+        wrong = [index for index in wanted if not -1 <= index < classes]
+        if wrong:
+            return _refuse(f"TARGET must be from -1 (the predicted class) to {classes - 1}, not {wrong[0]}")
+        try:
+            sent = json.loads(request.parameters())
+            parameters = parse_parameters(sent, self.limits, self.foreign_parameters)
+        except ParameterError as error:
+            return _refuse(str(error))
+        predicted = logits.argmax(dim=1).tolist()
+        targets = [best if index == -1 else index for index, best in zip(wanted, predicted)]
+        if parameters.contrast is not None:
+            if parameters.contrast >= classes:
+                return _refuse(f"parameter 'contrast' must be from 0 to {classes - 1}, not {parameters.contrast}")
+            if parameters.contrast in targets:
+                return _refuse(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
+        return Work(pixels, logits, targets, parameters)
+
+    def _jobs(self, work: Work, is_cancelled: Callable[[], bool]) -> list[Job]:
+        asked = work.parameters
+        return [
+            Job(
+                image=image,
+                baseline=self.baselines.make(asked.baseline, image, asked.seed),
+                target=target,
+                n_steps=asked.n_steps,
+                method=asked.method,
+                probability=asked.output == "probability",
+                contrast=asked.contrast,
+                nt_samples=asked.nt_samples,
+                stdevs=asked.stdevs if asked.smooths else 0.0,
+                seed=asked.seed,
+                image_logits=logits,
+                baseline_key=asked.baseline if asked.baseline in Baselines.CONSTANT else None,
+                is_cancelled=is_cancelled,
+            )
+            for image, logits, target in zip(work.pixels, work.logits, work.targets)
+        ]
+
+    def _respond(self, request, work: Work, explanations: list[Explanation | None]):
+        if None in explanations:
+            error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
+            return pb_utils.InferenceResponse(error=error)
+        attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
+        saliency = attributions.sum(axis=1)
+        deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).cpu().numpy()
+        outputs = {
+            "EXPLAINED_CLASS": np.array(work.targets, np.int64)[:, None],
+            "ATTRIBUTIONS": attributions,
+            "SALIENCY": saliency,
+            "CONVERGENCE_DELTA": deltas[:, None],
+            "N_STEPS": np.array([[explanation.n_steps] for explanation in explanations], np.int32),
+            "ERROR_ESTIMATE": np.array([[explanation.error_estimate] for explanation in explanations], np.float32),
+            "RELEVANCE": saliency,
+        }
+        wanted = request.requested_output_names()
+        return pb_utils.InferenceResponse(
+            output_tensors=[pb_utils.Tensor(name, array) for name, array in outputs.items() if name in wanted]
+        )
+
+
+def _refuse(message: str) -> pb_utils.InferenceResponse:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

@@ -1,0 +1,73 @@
+"""One real server for the whole run, and the references that its answers are compared with."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc
+from PIL import Image
+from torchvision import transforms
+
+from tools.export import build_served, ensure_exported, load_source
+from tools.server import EmbeddedServer, Ports
+from tools.shapes.dataset import draw_scene
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION_TRANSFORM = transforms.Compose(
+    [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+)
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def scene_image(index: int, size: int = 256) -> Image.Image:
+    return Image.fromarray(draw_scene("test", index, size=size).image)
+
+
+def scene_pixels(index: int) -> torch.Tensor:
+    """What the classifier sees of ``encode(scene_image(index))``, float32 [3, 224, 224]."""
+    return TORCHVISION_TRANSFORM(scene_image(index))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    ensure_exported()
+    log = tmp_path_factory.mktemp("server") / "triton.log"
+    with EmbeddedServer(ports=Ports.free(), log_file=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def triton(server: EmbeddedServer):
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def eager_model() -> torch.nn.Module:
+    """The demo network as torchvision builds it, float32: no folding, no scripting."""
+    return load_source("shapes").module
+
+
+@pytest.fixture(scope="session")
+def eager_model_float64() -> torch.nn.Module:
+    return load_source("shapes").module.double()
+
+
+@pytest.fixture(scope="session")
+def served_module() -> torch.jit.ScriptModule:
+    """What `tools/export` writes, loaded as the models load it."""
+    return torch.jit.script(build_served(load_source("shapes").module)).eval()
+
+
+def relative_distance(values: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor) -> float:
+    """Relative L2 distance, computed in float64."""
+    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))

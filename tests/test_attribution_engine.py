@@ -1,0 +1,203 @@
+"""The engine against Captum, on the eager torchvision model in float64."""
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+import torchvision
+from attribution_engine import IntegratedGradients, Job
+from conftest import MEAN, STD, relative_distance, scene_pixels
+from path_baselines import Baselines
+from path_quadrature import quadrature
+
+from tools.export import build_served
+
+METHODS = ["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
+BASELINES = Baselines(list(MEAN), list(STD))
+
+
+def probability_of(model):
+    return lambda images: model(images).softmax(dim=1)
+
+
+def captum_attribution(model, image, baseline, *, probability=False, **options):
+    """Captum's attribution [3, 224, 224] and convergence delta."""
+    function = probability_of(model) if probability else model
+    attributions, delta = captum.attr.IntegratedGradients(function).attribute(
+        image.unsqueeze(0),
+        baselines=baseline.unsqueeze(0),
+        return_convergence_delta=True,
+        internal_batch_size=8,
+        **options,
+    )
+    return attributions[0].detach(), delta.item()
+
+
+@pytest.mark.parametrize(
+    ("method", "baseline", "output"),
+    [(method, "zero", "logit") for method in METHODS]
+    + [("gausslegendre", baseline, "logit") for baseline in ("black", "white", "gray", "blur")]
+    + [("gausslegendre", "zero", "probability"), ("riemann_trapezoid", "blur", "probability")],
+)
+def test_engine_is_as_close_to_float64_as_captum_is(
+    eager_model, eager_model_float64, served_module, method, baseline, output
+):
+    image = scene_pixels(1)
+    start = BASELINES.make(baseline, image)
+    options = {"target": int(eager_model(image[None]).argmax()), "method": method, "n_steps": 16}
+    probability = output == "probability"
+    reference, reference_delta = captum_attribution(
+        eager_model_float64, image.double(), start.double(), probability=probability, **options
+    )
+    captum_float32, captum_delta = captum_attribution(eager_model, image, start, probability=probability, **options)
+    (found,) = IntegratedGradients(served_module).explain([Job(image, start, probability=probability, **options)])
+
+    own, captums = relative_distance(found.attributions, reference), relative_distance(captum_float32, reference)
+    print(f"relative distance to float64: engine {own:.1e}, Captum in float32 {captums:.1e}")
+    assert own <= 2 * captums
+    # The delta is a difference of sums of 150,000 terms: float32 leaves it about 1e-5 of the logit.
+    assert found.convergence_delta.item() == pytest.approx(reference_delta, abs=1e-4)
+    assert captum_delta == pytest.approx(reference_delta, abs=1e-4)
+    assert found.n_steps == 16
+
+
+def unlike_jobs() -> list[Job]:
+    jobs = []
+    for index, (target, n_steps) in enumerate([(0, 5), (3, 20), (7, 1), (11, 33), (2, 8), (5, 2)]):
+        image = scene_pixels(index)
+        name = ["zero", "black", "white", "gray", "blur", "zero"][index]
+        jobs.append(
+            Job(
+                image,
+                BASELINES.make(name, image),
+                target,
+                n_steps,
+                method="gausslegendre" if n_steps < 2 else METHODS[index % len(METHODS)],
+                probability=index % 2 == 1,
+                contrast=1 if index == 3 else None,
+                baseline_key=None if name == "blur" else name,
+            )
+        )
+    return jobs
+
+
+def test_unlike_jobs_together_equal_each_alone(served_module):
+    engine = IntegratedGradients(served_module)
+    jobs = unlike_jobs()
+    for job, together in zip(jobs, engine.explain(jobs)):
+        (alone,) = engine.explain([job])
+        # Other chunk sizes take other routes through the convolutions: rounding, not mathematics.
+        assert relative_distance(together.attributions, alone.attributions) <= 1e-5
+        assert together.convergence_delta.item() == pytest.approx(alone.convergence_delta.item(), abs=1e-4)
+        assert together.n_steps == alone.n_steps == job.n_steps
+
+
+def test_roads_with_and_without_hoisting_agree(eager_model, served_module):
+    jobs = unlike_jobs()
+    hoisted = IntegratedGradients(served_module).explain(jobs)
+    general = IntegratedGradients(eager_model).explain(jobs)
+    for one, other in zip(hoisted, general):
+        assert relative_distance(one.attributions, other.attributions) <= 1e-5
+
+
+def test_contrast_is_the_difference_of_two_attributions(served_module):
+    image = scene_pixels(2)
+    baseline = torch.zeros_like(image)
+    engine = IntegratedGradients(served_module)
+    both, one, other = engine.explain(
+        [Job(image, baseline, 3, 10, contrast=5), Job(image, baseline, 3, 10), Job(image, baseline, 5, 10)]
+    )
+    assert relative_distance(both.attributions, one.attributions - other.attributions) <= 1e-5
+
+
+def test_chunks_never_exceed_max_rows_and_share_rows_of_unlike_jobs(served_module):
+    engine = IntegratedGradients(served_module, max_rows=8)
+    sizes = []
+    tail = engine.network.tail
+    engine.network.tail = lambda features: sizes.append(len(features)) or tail(features)
+    image = scene_pixels(0)
+    # The baseline's own evaluation comes first, one row; then 5 + 20 + 2 rows share four chunks.
+    engine.explain([Job(image, torch.zeros_like(image), 0, n, baseline_key="zero") for n in (5, 20, 2)])
+    assert sizes == [1, 7, 7, 7, 6]
+
+
+def test_cancelled_job_gives_none_and_leaves_its_neighbours_alone(served_module):
+    image = scene_pixels(0)
+    kept = Job(image, torch.zeros_like(image), 0, 10)
+    polls = iter([False, True])
+    cancelled = Job(image, torch.zeros_like(image), 1, 500, is_cancelled=lambda: next(polls, True))
+    engine = IntegratedGradients(served_module)
+    first, second = engine.explain([kept, cancelled])
+    assert second is None
+    assert relative_distance(first.attributions, engine.explain([kept])[0].attributions) <= 1e-5
+
+
+def test_given_logits_serve_as_the_output_at_the_image(served_module):
+    image = scene_pixels(0)
+    logits = served_module(image[None])[0][0]
+    engine = IntegratedGradients(served_module)
+    computed, given = engine.explain(
+        [Job(image, torch.zeros_like(image), 4, 5), Job(image, torch.zeros_like(image), 4, 5, image_logits=logits)]
+    )
+    assert given.convergence_delta.item() == pytest.approx(computed.convergence_delta.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quadrature_is_captums(method):
+    from captum.attr._utils.approximation_methods import approximation_parameters
+
+    nodes, weights = quadrature(method, 20)
+    step_sizes, alphas = approximation_parameters(method)
+    np.testing.assert_allclose(nodes, alphas(20), rtol=1e-6)
+    np.testing.assert_allclose(weights, step_sizes(20), rtol=1e-6)
+    assert weights.sum().item() == pytest.approx(0.95 if method == "riemann_trapezoid" else 1)
+
+
+def test_one_noise_sample_of_zero_deviation_is_plain(served_module):
+    image = scene_pixels(0)
+    plain, smooth = IntegratedGradients(served_module).explain(
+        [Job(image, torch.zeros_like(image), 4, 5), Job(image, torch.zeros_like(image), 4, 5, nt_samples=1, stdevs=0.0)]
+    )
+    torch.testing.assert_close(smooth.attributions, plain.attributions)
+
+
+def test_noise_samples_are_seeded_and_averaged(served_module):
+    image = scene_pixels(0)
+    baseline = torch.zeros_like(image)
+    engine = IntegratedGradients(served_module)
+    (smooth,) = engine.explain([Job(image, baseline, 4, 5, nt_samples=3, stdevs=0.2, seed=7)])
+    generator = torch.Generator().manual_seed(7)
+    noisy = [image + 0.2 * torch.randn(image.shape, generator=generator) for _ in range(3)]
+    parts = engine.explain([Job(each, baseline, 4, 5) for each in noisy])
+    mean = torch.stack([part.attributions for part in parts]).mean(dim=0)
+    assert relative_distance(smooth.attributions, mean) <= 1e-5
+    deltas = torch.stack([part.convergence_delta for part in parts])
+    torch.testing.assert_close(smooth.convergence_delta, deltas.mean(), rtol=0, atol=1e-4)
+    assert smooth.n_steps == 15
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "resnet18",
+        "mobilenet_v3_small",
+        "densenet121",
+        pytest.param("vgg11", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+    ],
+)
+def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(architecture, num_classes=5).eval()
+    served = torch.jit.script(build_served(model))
+    image = scene_pixels(0)
+    # The midpoint rule's error falls with n; so does the gap it leaves.
+    jobs = [Job(image, torch.zeros_like(image), 3, n, "riemann_middle") for n in (2, 64)]
+    few, many = IntegratedGradients(served).explain(jobs)
+    change = (served(image[None])[0] - served(torch.zeros_like(image)[None])[0])[0, 3].abs()
+    assert many.convergence_delta.abs() <= 0.02 * change
+    assert many.convergence_delta.abs() <= few.convergence_delta.abs()
+    reference, _ = captum_attribution(
+        model, image, torch.zeros_like(image), target=3, n_steps=2, method="riemann_middle"
+    )
+    assert relative_distance(few.attributions, reference) <= 1e-4

@@ -1,0 +1,1 @@
+"""What surrounds the model repository: export, the embedded server, the demo data and the benchmarks."""

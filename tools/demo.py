@@ -1,0 +1,82 @@
+"""``make demo``: start the server, explain sample images or one of yours, and show where the pictures are."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from tools.export import ensure_exported
+from tools.paths import OUTPUTS
+from tools.server import EmbeddedServer, Ports, ServerError
+from tools.shapes.dataset import CLASSES, draw_scene
+
+DEMO_OUTPUTS = OUTPUTS / "demo"
+SAMPLES = ("heart", "star", "ring", "cross", "crescent", "arrow", "triangle", "hexagon")
+FORMATS = ("jpg", "png", "webp")
+TILE = 224
+CAPTION = 22
+COLUMNS = 4
+
+
+def write_samples(folder: Path) -> list[Path]:
+    """Draw one image of each sample class, in every format that is served."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, name in enumerate(SAMPLES):
+        scene = draw_scene("demo", index, size=320, label=CLASSES.index(name))
+        paths.append(folder / f"{name}.{FORMATS[index % len(FORMATS)]}")
+        Image.fromarray(scene.image).save(paths[-1], quality=92)
+    return paths
+
+
+def contact_sheet(images: list[Path], folder: Path) -> Path:
+    """All images beside their heatmaps in one picture."""
+    columns = min(COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * 2 * TILE, rows * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, path in enumerate(images):
+        left, top = (index % columns) * 2 * TILE, (index // columns) * (TILE + CAPTION)
+        with Image.open(path) as image:
+            # What the classifier sees of it: the central 224 of 256.
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        seen = ImageOps.fit(ImageOps.fit(upright, (256, 256)).crop((16, 16, 240, 240)), (TILE, TILE))
+        sheet.paste(seen, (left, top + CAPTION))
+        with Image.open(folder / f"{path.stem}.heatmap.png") as heatmap:
+            sheet.paste(heatmap, (left + TILE, top + CAPTION))
+        draw.text((left + 4, top + 4), path.name, fill="black", font=ImageFont.load_default(14))
+    path = folder / "contact_sheet.png"
+    sheet.save(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="*", type=Path, help="your own images (default: eight samples)")
+    arguments = parser.parse_args()
+    images = arguments.images or write_samples(DEMO_OUTPUTS / "images")
+    print("starting Triton ...", flush=True)
+    ensure_exported()
+    try:
+        with EmbeddedServer(ports=Ports.free()) as server:
+            command = [
+                str(Path(sys.executable).with_name("explain")),
+                "--url",
+                server.grpc_url,
+                "--out",
+                str(DEMO_OUTPUTS),
+            ]
+            code = subprocess.run([*command, *map(str, images)], check=False).returncode
+    except ServerError as error:
+        sys.exit(f"demo: {error}")
+    if code:
+        sys.exit(code)
+    print(f"all of them in one picture: {contact_sheet(images, DEMO_OUTPUTS)}")
+
+
+if __name__ == "__main__":
+    main()

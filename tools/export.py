@@ -1,0 +1,278 @@
+"""Write the classifier that the model repository serves: ``python -m tools.export --weights shapes|imagenet|PATH``.
+
+A torchvision model becomes one TorchScript file whose ``forward`` returns (logits, probabilities). Batch normalisation
+is folded into the convolutions. Where the network begins with affine layers, the file also has the methods ``stem``
+(those layers) and ``tail`` (the rest), which is what lets the explaining engine take them out of its loop. The file is
+compared with the eager torchvision model before it replaces the one that is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torchvision.transforms._presets import ImageClassification
+
+from tools.paths import MODEL_REPOSITORY
+from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized
+
+# Affine functions of their input, whatever their weights.
+AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity)
+# What `preprocess` does, and therefore what weights must expect.
+PREPROCESSING = ImageClassification(crop_size=224, resize_size=256)
+# Largest difference from the eager model, relative to its largest logit; float32 rounding is about 1e-6.
+TOLERANCE = 1e-4
+
+
+class ExportError(Exception):
+    """The model cannot be exported; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An eager torchvision model in evaluation mode, its class names, and where its weights came from."""
+
+    module: nn.Module
+    labels: list[str]
+    architecture: str
+    weights: str
+    sha256: str | None = None
+
+
+class HoistableClassifier(nn.Module):
+    """``tail(stem(pixels)) = logits``, with an affine stem."""
+
+    def __init__(self, stem: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.stem_layers = stem
+        self.tail_layers = tail
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels float32 [n, 3, 224, 224] -> (logits, probabilities), each [n, classes]."""
+        logits = self.tail(self.stem(pixels))
+        return logits, logits.softmax(dim=1)
+
+    @torch.jit.export
+    def stem(self, pixels: Tensor) -> Tensor:
+        """The affine beginning of the network."""
+        return self.stem_layers(pixels)
+
+    @torch.jit.export
+    def tail(self, features: Tensor) -> Tensor:
+        """The rest of the network: what the stem returned -> logits."""
+        return self.tail_layers(features)
+
+
+class PlainClassifier(nn.Module):
+    """A network that does not begin with layers known to be affine."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels float32 [n, 3, 224, 224] -> (logits, probabilities), each [n, classes]."""
+        logits = self.network(pixels)
+        return logits, logits.softmax(dim=1)
+
+
+def load_source(weights: str, architecture: str = "resnet18", labels_file: Path | None = None) -> Source:
+    """Load a torchvision classifier.
+
+    Args:
+        weights: ``shapes`` (the checkpoint of the demo), ``imagenet`` (torchvision's, downloaded by torchvision), or
+            the path of a state dict (``torch.save``) or of a checkpoint that ``tools.shapes.train`` wrote.
+        architecture: a name of ``torchvision.models``; ``shapes`` is always a resnet18.
+        labels_file: class names, one a line; needed for none, used for a state dict.
+
+    Raises:
+        ExportError: unknown architecture, missing or unfitting weights, failed download.
+    """
+    if architecture not in torchvision.models.list_models(module=torchvision.models):
+        raise ExportError(f"torchvision.models has no {architecture!r}")
+    if weights == "imagenet":
+        return _load_imagenet(architecture)
+    path = DEMO_CHECKPOINT if weights == "shapes" else Path(weights)
+    if not path.is_file():
+        raise ExportError(f"--weights {weights}: no such file; give shapes, imagenet or the path of a checkpoint")
+    if path.suffix == ".safetensors":
+        state, labels = load_dequantized(path)
+    else:
+        state, labels = torch.load(path, map_location="cpu", weights_only=True), None
+    classes = len(labels or state[next(reversed(state))])  # torchvision's classifiers end with the bias of their head
+    if labels_file is not None:
+        labels = labels_file.read_text().splitlines()
+    labels = [f"class {index}" for index in range(classes)] if labels is None else list(labels)
+    if len(labels) != classes:
+        raise ExportError(f"{labels_file} has {len(labels)} labels for {classes} classes")
+    module = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ExportError(
+            f"{path} does not hold the weights of a {architecture}: {str(error).splitlines()[1].strip()}"
+        ) from None
+    return Source(module.eval(), labels, architecture, weights if weights == "shapes" else path.name, _sha256(path))
+
+
+def _load_imagenet(architecture: str) -> Source:
+    weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
+    expected, served = weights.transforms(), PREPROCESSING
+    if (expected.crop_size, expected.resize_size) != (served.crop_size, served.resize_size):
+        raise ExportError(f"{weights} expects images of another size than `preprocess` makes")
+    try:
+        module = torchvision.models.get_model(architecture, weights=weights)
+    except (URLError, OSError, RuntimeError) as error:
+        raise ExportError(
+            f"the ImageNet weights of {architecture} could not be fetched from {weights.url}: {error}. Fetch that file "
+            "where there is a network and pass its path as --weights; --weights shapes needs no network"
+        ) from None
+    return Source(module.eval(), list(weights.meta["categories"]), architecture, str(weights))
+
+
+def build_served(module: nn.Module) -> nn.Module:
+    """The module to script: batch norm folded, split behind its affine beginning where it has one."""
+    folded = fuse(module)
+    for layer in folded.modules():
+        if hasattr(layer, "inplace"):
+            layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
+    split = _split_behind_stem(folded)
+    served = PlainClassifier(folded) if split is None else HoistableClassifier(*split)
+    return served.eval().requires_grad_(False)
+
+
+def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, nn.Module] | None:
+    """(stem, tail) of a traced network, or None if its first layer is not affine. Changes ``network``."""
+    graph = network.graph
+    last = pixels = next(node for node in graph.nodes if node.op == "placeholder")
+    stem = []
+    while len(last.users) == 1:
+        (user,) = last.users
+        if user.op != "call_module" or not isinstance(layer := network.get_submodule(user.target), AFFINE_LAYERS):
+            break
+        stem.append(layer)
+        last = user
+    if not stem:
+        return None
+    with graph.inserting_before(pixels):
+        features = graph.placeholder("features")
+    last.replace_all_uses_with(features)
+    while last is not pixels:
+        last, done = last.args[0], last
+        graph.erase_node(done)
+    graph.erase_node(pixels)
+    network.delete_all_unused_submodules()
+    network.recompile()
+    return nn.Sequential(*stem), network
+
+
+@torch.no_grad()
+def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
+    """Compare a scripted classifier with the eager model; the largest difference relative to the largest logit.
+
+    Raises:
+        ExportError: they differ, or ``stem`` is not affine.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels, other = torch.randn(2, 2, 3, 224, 224, generator=generator)
+    expected = eager(pixels)
+    logits, probabilities = served(pixels)
+
+    def difference(one: Tensor, two: Tensor) -> float:
+        return ((one - two).abs().max() / two.abs().max()).item()
+
+    found = difference(logits, expected)
+    checks = {"logits": found, "probabilities": difference(probabilities, expected.softmax(dim=1))}
+    if hasattr(served, "stem"):
+        between = served.stem(0.3 * pixels + 0.7 * other)
+        checks["stem (not affine)"] = difference(0.3 * served.stem(pixels) + 0.7 * served.stem(other), between)
+        checks["tail(stem(pixels))"] = difference(served.tail(served.stem(pixels)), expected)
+    for name, value in checks.items():
+        if not value <= TOLERANCE:
+            raise ExportError(f"the exported {name} differ from the eager model by {value:.1e}; nothing was written")
+    return found
+
+
+def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
+    """Write ``classifier/1/model.pt``, its manifest and ``classifier/labels.txt``; returns the model's path.
+
+    Raises:
+        ExportError: the scripted model differs from the eager one. Nothing is written then.
+    """
+    model_folder = repository / "classifier"
+    path = model_folder / "1" / "model.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scripted = torch.jit.script(build_served(source.module))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        scripted.save(str(written))
+        difference = verify(torch.jit.load(str(written)), source.module)
+        manifest = {
+            "architecture": source.architecture,
+            "weights": source.weights,
+            "weights_sha256": source.sha256,
+            "classes": len(source.labels),
+            "model_sha256": _sha256(written),
+            "hoistable": hasattr(scripted, "stem"),
+            "difference_from_eager": difference,
+            "preprocessing": {
+                "resize": PREPROCESSING.resize_size[0],
+                "center_crop": PREPROCESSING.crop_size[0],
+                "mean": PREPROCESSING.mean,
+                "std": PREPROCESSING.std,
+            },
+            "versions": {name: version(name) for name in ("torch", "torchvision")},
+        }
+        # The model last: a file that is there has its labels and its manifest.
+        (model_folder / "labels.txt").write_text("".join(f"{label}\n" for label in source.labels))
+        (path.parent / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        os.replace(written, path)
+    return path
+
+
+def ensure_exported(repository: Path = MODEL_REPOSITORY) -> None:
+    """Export the demo network where no model is there, or an older checkpoint's."""
+    folder = repository / "classifier" / "1"
+    if (folder / "model.pt").is_file() and (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["weights"] != "shapes" or manifest["weights_sha256"] == _sha256(DEMO_CHECKPOINT):
+            return
+    elif (folder / "model.pt").is_file():
+        return  # somebody's own
+    export(load_source("shapes"), repository)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True, help="shapes, imagenet, or the path of a checkpoint")
+    parser.add_argument("--arch", default="resnet18", help="a name of torchvision.models (default: resnet18)")
+    parser.add_argument("--labels", type=Path, help="class names for a checkpoint that has none, one a line")
+    parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
+    arguments = parser.parse_args()
+    try:
+        source = load_source(arguments.weights, arguments.arch, arguments.labels)
+        path = export(source, arguments.repository)
+    except ExportError as error:
+        sys.exit(f"export: {error}")
+    print(path.with_name("manifest.json").read_text(), end="")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

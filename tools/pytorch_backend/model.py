@@ -1,0 +1,55 @@
+"""Stand-in for Triton's libtorch backend, where that is not installed: a Python-based backend of the same name.
+
+Triton uses ``backends/pytorch/model.py`` for every model with ``backend: "pytorch"``, so one config serves both. It
+runs TorchScript files by the same naming convention: inputs ``NAME__0``, ``NAME__1``, ... are positional arguments,
+outputs likewise the elements of the returned tuple.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import triton_python_backend_utils as pb_utils
+
+
+def _position(name: str) -> int:
+    return int(name.rpartition("__")[2])
+
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config):
+        return config
+
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self.inputs = sorted((tensor["name"] for tensor in config["input"]), key=_position)
+        self.outputs = sorted((tensor["name"] for tensor in config["output"]), key=_position)
+        on_gpu = args["model_instance_kind"] == "GPU"
+        self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
+        file = Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.pt")
+        if not file.is_file():
+            raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
+        self.module = torch.jit.load(str(file), map_location=self.device).eval()
+
+    @torch.inference_mode()
+    def execute(self, requests):
+        batches = [
+            [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+            for request in requests
+        ]
+        arguments = [
+            torch.cat([torch.from_numpy(array) for array in column]).to(self.device) for column in zip(*batches)
+        ]
+        results = self.module(*arguments)
+        results = [result.cpu() for result in (results if isinstance(results, tuple) else (results,))]
+        responses, start = [], 0
+        for request, batch in zip(requests, batches):
+            rows = slice(start, start + len(batch[0]))
+            start = rows.stop
+            wanted = request.requested_output_names()
+            tensors = [
+                pb_utils.Tensor(name, results[_position(name)][rows].numpy()) for name in self.outputs if name in wanted
+            ]
+            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+        return responses

@@ -1,0 +1,271 @@
+"""The real Triton server from the nvidia-pytriton wheel, on this machine: ``python -m tools.server``.
+
+The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/pytorch_backend` stands in for
+the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
+127.0.0.1 only. From Python:
+
+    with EmbeddedServer(ports=Ports.free()) as server:
+        client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
+
+HOST = "127.0.0.1"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ServerError(Exception):
+    """The server cannot run; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    @classmethod
+    def from_environment(cls) -> Ports:
+        """HTTP_PORT, GRPC_PORT and METRICS_PORT, or Triton's defaults."""
+        default = cls()
+        return cls(
+            int(os.environ.get("HTTP_PORT", default.http)),
+            int(os.environ.get("GRPC_PORT", default.grpc)),
+            int(os.environ.get("METRICS_PORT", default.metrics)),
+        )
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Three ports that nobody listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for each in sockets:
+                each.bind((HOST, 0))
+            return cls(*(each.getsockname()[1] for each in sockets))
+
+
+class EmbeddedServer:
+    """A running Triton server as a context manager.
+
+    Args:
+        repository: the model repository to serve.
+        ports: where to listen on 127.0.0.1.
+        log_file: where the server's log goes.
+        start_seconds: how long the models may take to load.
+        stop_seconds: how long requests in flight may take to finish when it stops.
+
+    Raises:
+        ServerError: on entering, when it cannot start.
+    """
+
+    def __init__(
+        self,
+        repository: Path = MODEL_REPOSITORY,
+        ports: Ports = Ports(),
+        log_file: Path = OUTPUTS / "triton.log",
+        start_seconds: float = 180,
+        stop_seconds: int = 30,
+    ) -> None:
+        self.repository, self.ports, self.log_file = repository, ports, log_file
+        self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
+        self.process: subprocess.Popen | None = None
+        # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
+        self._region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
+
+    @property
+    def http_url(self) -> str:
+        return f"{HOST}:{self.ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{HOST}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{HOST}:{self.ports.metrics}/metrics"
+
+    def __enter__(self) -> EmbeddedServer:
+        self._check_ports()
+        self._folder = tempfile.TemporaryDirectory(prefix="embedded-triton-")
+        try:
+            self._start()
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Let requests in flight finish, end every process of the server and remove its shared memory."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.stop_seconds + 10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
+            self.process.wait()
+        for region in SHARED_MEMORY.glob(f"{self._region_prefix}*"):
+            region.unlink(missing_ok=True)
+        self._folder.cleanup()
+
+    def _check_ports(self) -> None:
+        for name, port in vars(self.ports).items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((HOST, port))
+                except OSError as error:
+                    raise ServerError(
+                        f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
+                    ) from None
+
+    def _start(self) -> None:
+        server = _wheel_folder("pytriton") / "tritonserver"
+        libraries = [str(_wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
+        command = [
+            str(server / "bin" / "tritonserver"),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={self._assemble_backends(server)}",
+            f"--backend-config=python,shm-region-prefix-name={self._region_prefix}",
+            f"--http-address={HOST}",
+            f"--grpc-address={HOST}",
+            f"--metrics-address={HOST}",
+            f"--http-port={self.ports.http}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-port={self.ports.metrics}",
+            f"--exit-timeout-secs={self.stop_seconds}",
+        ]
+        environment = {
+            **os.environ,
+            # The stub takes its environment from the first python3 on PATH.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
+        }
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            # A session of its own: a terminal's Ctrl-C reaches this process alone, which then stops the server.
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _assemble_backends(self, server: Path) -> Path:
+        """A backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
+        python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = server / "python_backend_stubs" / python_version / "triton_python_backend_stub"
+        if not stub.is_file():
+            raise ServerError(f"the nvidia-pytriton wheel has no stub for Python {python_version}")
+        backends = Path(self._folder.name) / "backends"
+        shutil.copytree(server / "backends" / "python", backends / "python")
+        shutil.copy(stub, backends / "python")
+        shutil.copytree(ROOT / "tools" / "pytorch_backend", backends / "pytorch")
+        return backends
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.start_seconds
+        while not self.is_ready():
+            if self.process.poll() is not None:
+                raise ServerError(self._failure())
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server was not ready after {self.start_seconds:.0f} s; see {self.log_file}")
+            time.sleep(0.1)
+
+    def is_ready(self) -> bool:
+        """Whether the server says that all models are loaded."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def _failure(self) -> str:
+        """Why the server ended before it was ready, from its log."""
+        log = self.log_file.read_text(errors="replace")
+        for pattern in (
+            r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)",
+            r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.*)",
+            r"error while loading shared libraries: (?P<reason>.*)",
+            r"error: (?P<reason>.*)",
+        ):
+            if match := re.search(pattern, log):
+                found = match.groupdict()
+                what = f"model {found['model']} failed to load" if "model" in found else "the server did not start"
+                return f"{what}: {found['reason'].strip().strip(chr(34))} (log: {self.log_file})"
+        return f"the server ended with code {self.process.returncode} before it was ready; see {self.log_file}"
+
+
+def _wheel_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ServerError("nvidia-pytriton, which carries the Triton server, is not installed; run make serve")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _python_library() -> Path:
+    """The shared libpython that the backend's stub links against."""
+    library = Path(sysconfig.get_config_var("LIBDIR")) / (sysconfig.get_config_var("INSTSONAME") or "")
+    if not library.is_file() or ".so" not in library.name:
+        raise ServerError(
+            f"{sys.executable} has no shared libpython ({library}), which Triton's Python backend needs; "
+            "use a Python that was built with --enable-shared, as distributions' are"
+        )
+    return library
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.server", description=__doc__.splitlines()[0])
+    parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
+    arguments = parser.parse_args()
+    from tools.export import ensure_exported  # needs torch, which takes seconds to import
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    try:
+        print("starting Triton ...", flush=True)
+        ensure_exported(arguments.repository)
+        with EmbeddedServer(arguments.repository, Ports.from_environment()) as server:
+            print(f"gRPC     {server.grpc_url}")
+            print(f"HTTP     http://{server.http_url}")
+            print(f"metrics  {server.metrics_url}")
+            print(f"log      {server.log_file}")
+            print("ready; Ctrl-C stops it", flush=True)
+            code = server.process.wait()
+            sys.exit(f"server: Triton ended by itself with code {code}; see {server.log_file}")
+    except ServerError as error:
+        sys.exit(f"server: {error}")
+    except KeyboardInterrupt:
+        print("stopped")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    # Once: a second signal must not break off the orderly stop.
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()
