@@ -73,7 +73,7 @@ def test_command_explains_what_it_can_and_names_what_it_cannot(server, image_fil
     )
     assert result.returncode == 1
     assert re.search(rf"scene.png +\S+ +[\d.]+% +{CLASSES[2]} +4 +-?\d+\.\d+ +\d+\n", result.stdout)
-    assert "broken.png: IMAGE is not a JPEG, PNG or WEBP file" in result.stderr.replace("\n", " ")
+    assert "broken.png: in ensemble 'explain', IMAGE is not a JPEG, PNG or WEBP file" in result.stderr
     assert "absent.jpg" in result.stderr
     with Image.open(tmp_path / "out" / "scene.heatmap.png") as heatmap:
         assert heatmap.size == (224, 224)

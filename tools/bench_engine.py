@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -222,9 +221,15 @@ def print_peak(device: torch.device, precision: str, road: str, batch: int, n_st
         run(batch, n_steps)
         print((torch.cuda.max_memory_allocated() - before) / 1e6)
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _peak_resident_mb()
     run(batch, n_steps)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    print(_peak_resident_mb() - before)
+
+
+def _peak_resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -251,7 +251,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._enter([path for path, _ in segments if path.start is None])
         features = torch.cat(
             [
-                torch.addcmul(path.start, _column(path.nodes[rows], path.start), path.displacement)
+                torch.addcmul(path.start, _column(path.nodes[rows], path.start), path.displacement).to(path.image.dtype)
                 for path, rows in segments
             ]
         )

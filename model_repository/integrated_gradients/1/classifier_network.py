@@ -20,7 +20,8 @@ class Network:
 
     Args:
         module: returns logits [n, classes], or a tuple that begins with them, and may have the methods ``stem`` and
-            ``tail``, as `tools/export` writes them into TorchScript files.
+            ``tail``, and the submodule ``stem_layers`` that ``stem`` calls, as `tools/export` writes them into
+            TorchScript files.
         precision: dtype of the tail's passes over rows; ``torch.float16`` (CUDA only) keeps the stem and the sums in
             float32. None: the module's own.
     """
@@ -30,18 +31,20 @@ class Network:
         self.precision = precision
         self.hoists = hasattr(module, "stem") and hasattr(module, "tail")
         self._row_module = module if precision is None else copy.deepcopy(module).to(precision)
+        # A hoisted stem is evaluated so rarely that float64 costs nothing there. Most of a network's activations come
+        # right after it, and rounding that flips one of them is most of what separates float32 from float64.
+        stem_layers = getattr(module, "stem_layers", None) if self.hoists else None
+        self._float64_stem = None if stem_layers is None else copy.deepcopy(stem_layers).double()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, ...]."""
         return _logits(self.module(images))
 
     def stem(self, images: Tensor) -> Tensor:
-        """Features of images [n, ...]; the images themselves where there is no stem."""
-        return self.module.stem(images) if self.hoists else images
-
-    def tail(self, features: Tensor) -> Tensor:
-        """Logits [n, classes] of features, in full precision."""
-        return self.module.tail(features) if self.hoists else self(features)
+        """Features of images [n, ...], float64 where the stem is known; the images themselves where there is none."""
+        if not self.hoists:
+            return images
+        return self.module.stem(images) if self._float64_stem is None else self._float64_stem(images.double())
 
     def transposed_stem(self, gradients: Tensor, images: Tensor) -> Tensor:
         """Gradients with respect to ``stem(images)`` [n, ...] -> gradients with respect to ``images``."""
@@ -49,7 +52,7 @@ class Network:
             return gradients
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            (pulled_back,) = torch.autograd.grad(self.stem(images), images, gradients)
+            (pulled_back,) = torch.autograd.grad(self.module.stem(images), images, gradients)
         return pulled_back
 
     def row_gradients(self, features: Tensor, classes: Tensor, signs: Tensor, on_probability: Tensor) -> Tensor:

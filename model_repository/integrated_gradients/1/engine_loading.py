@@ -48,7 +48,7 @@ def build_engine(
 
 def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence[int]) -> int:
     """A power of two: rows whose activations take at most a share of the free memory."""
-    features = network.stem(torch.zeros(1, *image_shape, device=device))
+    features = network.stem(torch.zeros(1, *image_shape, device=device)).float()
     arguments = (
         torch.zeros(1, 2, dtype=torch.int64, device=device),
         torch.zeros(1, 2, device=device),
