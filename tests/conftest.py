@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+import torchvision
 import tritonclient.grpc
 from PIL import Image
 from torchvision import transforms
@@ -65,6 +66,16 @@ def eager_model_float64() -> torch.nn.Module:
 def served_module() -> torch.jit.ScriptModule:
     """What `tools/export` writes, loaded as the models load it."""
     return torch.jit.script(build_served(load_source("shapes").module)).eval()
+
+
+def untrained(architecture: str, classes: int) -> torch.nn.Module:
+    """A torchvision classifier with seeded random weights, in its head too (a vision transformer's starts at zero)."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(architecture, num_classes=classes).eval()
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def relative_distance(values: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor) -> float:

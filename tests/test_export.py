@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-import torchvision
-from conftest import scene_pixels
+from conftest import scene_pixels, untrained
 
 from tools import export
 from tools.export import ExportError, load_source
@@ -72,8 +71,7 @@ def test_labels_and_manifest_lie_beside_the_model(repository):
     ],
 )
 def test_other_architectures_export_from_a_state_dict(tmp_path, architecture, hoistable):
-    torch.manual_seed(0)
-    torch.save(torchvision.models.get_model(architecture, num_classes=7).state_dict(), tmp_path / "weights.pt")
+    torch.save(untrained(architecture, 7).state_dict(), tmp_path / "weights.pt")
     path = export.export(load_source(str(tmp_path / "weights.pt"), architecture), tmp_path)
     assert hasattr(torch.jit.load(str(path)), "stem") == hoistable
     assert (tmp_path / "classifier" / "labels.txt").read_text().splitlines() == [f"class {i}" for i in range(7)]

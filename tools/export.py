@@ -191,7 +191,7 @@ def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
     logits, probabilities = served(pixels)
 
     def difference(one: Tensor, two: Tensor) -> float:
-        return ((one - two).abs().max() / two.abs().max()).item()
+        return ((one - two).abs().max() / two.abs().max().clamp_min(1e-6)).item()
 
     found = difference(logits, expected)
     checks = {"logits": found, "probabilities": difference(probabilities, expected.softmax(dim=1))}
