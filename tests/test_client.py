@@ -80,9 +80,10 @@ def test_command_explains_what_it_can_and_names_what_it_cannot(server, image_fil
     assert not (tmp_path / "out" / "broken.heatmap.png").exists()
 
 
-def test_readme_example_runs_as_printed(server, image_file):
+def test_readme_example_runs_as_printed(server, image_file, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     example = example.replace("localhost:8001", server.grpc_url).replace("photo.jpg", str(image_file))
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "heatmap.png").is_file()
     assert CLASSES[draw_scene("test", 0).label] in result.stdout

@@ -134,7 +134,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         """
         jobs = None
         if additional_forward_args is None:
-            jobs = self._captum_jobs(inputs, baselines, target, n_steps, method, return_convergence_delta)
+            jobs = self._captum_jobs(inputs, baselines, target, n_steps, method)
         if jobs is not None:
             try:
                 found = self.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
@@ -157,9 +157,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             return attributions
         return attributions, torch.stack([explanation.convergence_delta for explanation in found])
 
-    def _captum_jobs(
-        self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str, with_delta: bool
-    ) -> list[Job] | None:
+    def _captum_jobs(self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str) -> list[Job] | None:
         """A call in Captum's form as jobs, or None where it is not one that the engine accelerates."""
         formatted, starts = _format_input_baseline(inputs, baselines)
         _validate_input(formatted, starts, n_steps, method)
