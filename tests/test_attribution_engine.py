@@ -118,10 +118,8 @@ def test_contrast_is_the_difference_of_two_attributions(served_module):
 def test_chunks_never_exceed_max_rows_and_share_rows_of_unlike_jobs(served_module):
     engine = IntegratedGradients(served_module, max_rows=8)
     sizes = []
-    row_gradients = engine._row_gradients
-    engine._row_gradients = lambda features, *objective: (
-        sizes.append(len(features)) or row_gradients(features, *objective)
-    )
+    gradients = engine.passes.gradients
+    engine.passes.gradients = lambda rows, count: sizes.append(count) or gradients(rows, count)
     image = scene_pixels(0)
     # 5 + 20 + 2 rows share four chunks.
     engine.explain([Job(image, torch.zeros_like(image), 0, n) for n in (5, 20, 2)])

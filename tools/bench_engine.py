@@ -8,8 +8,10 @@ engine  what `integrated_gradients` runs: TorchScript with folded batch norm, ho
 (b)     Captum tuned by hand: parameters frozen, the TorchScript file, channels_last, ``internal_batch_size`` the best
         of a few tried here.
 
-Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions and the
-share of the machine's measured matrix-product peak.
+Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions, the
+share of the machine's measured matrix-product peak, chunk sizes compared, and, on a GPU, the error that each precision
+adds. ``--compiled`` also compares one pass as it is run with the same pass as a compiled joint graph of forward and
+backward (torch.compile; on a CPU it needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -32,9 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model_repositor
 
 import captum.attr
 import torch
-from attribution_engine import Job
-from engine_loading import PRECISIONS, build_engine
+from attribution_engine import IntegratedGradients, Job
+from classifier_network import Rows
+from engine_loading import PRECISIONS, allow_tf32, build_engine
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tools.export import ensure_exported, load_source
@@ -44,8 +51,10 @@ from tools.shapes.train import normalise
 
 MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
 SHAPE = (3, 224, 224)
-# Forward 1.82 G multiply-adds for a ResNet-18 at 224 pixels; the backward pass to the input takes as many again.
-GFLOP_PER_ROW = 2 * 2 * 1.82
+CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 10, 13, 17, 25)
+GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
+# The precision gate: images, steps, and the midpoint rule that stands for the integral.
+PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
 MEMORY_CASES = {"50 steps": (1, 50), "1000 steps": (1, 1000), "batch 32, 50 steps": (32, 50)}
 
@@ -53,12 +62,12 @@ MEMORY_CASES = {"50 steps": (1, 50), "1000 steps": (1, 1000), "batch 32, 50 step
 class Contestants:
     """The three roads over the same images."""
 
-    def __init__(self, device: torch.device, precision: str, batch: int) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, precision: str, batch: int, max_rows: int = 0) -> None:
+        self.device, self.precision = device, precision
         views = [draw_view("test", index).image.copy() for index in range(batch)]
         pixels = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in views])
         self.images = normalise(pixels).contiguous().to(device)
-        self.engine = build_engine(MODEL_FILE, device, SHAPE, precision=precision)
+        self.engine = build_engine(MODEL_FILE, device, SHAPE, max_rows, precision)
         self.eager = load_source("shapes").module.to(device)
         self.tuned_module = self.engine.network
         with torch.no_grad():
@@ -175,12 +184,12 @@ def matrix_product_peak(device: torch.device) -> float:
 
 
 def profile_engine(contestants: Contestants) -> dict[str, float]:
-    """Where 50 steps go."""
+    """Where 50 steps go, and how near their arithmetic comes to the machine's limit."""
     activities = [ProfilerActivity.CPU]
     on_gpu = contestants.device.type == "cuda"
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         contestants.run_engine(1, 50)
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     times = {event.key: getattr(event, attribute) for event in profiler.key_averages()}
@@ -188,13 +197,86 @@ def profile_engine(contestants: Contestants) -> dict[str, float]:
     convolutions = sum(value for key, value in times.items() if any(name in key for name in names))
     seconds = statistics.median(timed(lambda: contestants.run_engine(1, 50)) for _ in range(3))
     peak = matrix_product_peak(contestants.device)
-    achieved = 50 * GFLOP_PER_ROW / seconds
+    row = example_rows(contestants, 1)
+    with FlopCounterMode(display=False) as counter:
+        contestants.engine.network.row_gradients(row)
+    achieved = 50 * counter.get_total_flops() / seconds / 1e9
     return {
         "share_of_time_in_convolutions": convolutions / sum(times.values()),
+        "gflop_per_row": counter.get_total_flops() / 1e9,
         "achieved_gflop_per_second": achieved,
         "matrix_product_peak_gflop_per_second": peak,
         "share_of_peak": achieved / peak,
     }
+
+
+def example_rows(contestants: Contestants, count: int) -> Rows:
+    features = contestants.engine.network.stem(contestants.images[:1])
+    rows = Rows.like(features, torch.float32, count)
+    rows.features.copy_(features.expand_as(rows.features))
+    rows.signs[:, 0] = 1
+    return rows
+
+
+def compare_chunk_sizes(contestants: Contestants, repeats: int) -> dict[str, float]:
+    """Median seconds of 100 steps at several ``max_rows``, interleaved."""
+    sizes = CHUNK_SIZES if contestants.device.type == "cpu" else GPU_CHUNK_SIZES
+    sized = {size: Contestants(contestants.device, contestants.precision, 1, size) for size in sizes}
+    seconds = interleaved({str(size): lambda own=own: own.run_engine(1, 100) for size, own in sized.items()}, repeats)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]:
+    """Median seconds of one full chunk: as modules, as the engine runs it, and as one compiled joint graph."""
+    engine = contestants.engine
+    count = engine.max_rows
+    rows = example_rows(contestants, count)
+    tensors = (rows.features, rows.classes, rows.signs, rows.on_probability)
+    joint = torch.compile(make_fx(lambda *inputs: engine.network.row_gradients(Rows(*inputs)))(*tensors))
+    buffers = engine.passes.buffers(rows.features[:1], torch.float32)
+    buffers.features.copy_(rows.features)
+    runs = {
+        "eager": lambda: engine.network.row_gradients(rows)[0, 0].sum().item(),
+        "engine": lambda: engine.passes.gradients(buffers, count)[0, 0].sum().item(),
+        "compiled": lambda: joint(*tensors)[0, 0].sum().item(),
+    }
+    with torch.no_grad():
+        seconds = interleaved(runs, 4 * repeats)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare_precisions(
+    device: torch.device,
+    n_steps: int = PRECISION_STEPS,
+    n_images: int = PRECISION_IMAGES,
+    reference: int = REFERENCE_STEPS,
+) -> dict[str, float]:
+    """The precision gate: medians of relative L2 distances over a few images.
+
+    ``quadrature`` is the distance of float64 at the engine's nodes to the midpoint rule that stands for the integral;
+    each precision's figure is its own distance to float64 at the same nodes.
+    """
+    precisions = PRECISIONS if device.type == "cuda" else ("ieee",)
+    contestants = {precision: Contestants(device, precision, n_images) for precision in precisions}
+    exact = torch.jit.load(str(MODEL_FILE), map_location=device).eval().double()
+    exact = IntegratedGradients(exact, max_rows=min(32, contestants["ieee"].engine.max_rows))
+    distances: dict[str, list[float]] = {name: [] for name in ("quadrature", *precisions)}
+    for index, target in enumerate(contestants["ieee"].targets.tolist()):
+        image = contestants["ieee"].images[index]
+        job = Job(image, torch.zeros_like(image), target, n_steps)
+        wide = replace(job, image=job.image.double(), baseline=job.baseline.double())
+        integral = replace(wide, n_steps=reference, method="riemann_middle")
+        at_nodes, limit = (exact.explain([each])[0].attributions for each in (wide, integral))
+        distances["quadrature"].append(relative_distance(at_nodes, limit))
+        for precision in precisions:
+            allow_tf32(precision)  # a graph captured later must be captured under its own setting
+            (found,) = contestants[precision].engine.explain([job])
+            distances[precision].append(relative_distance(found.attributions.double(), at_nodes))
+    return {name: statistics.median(values) for name, values in distances.items()}
+
+
+def relative_distance(values: Tensor, reference: Tensor) -> float:
+    return ((values - reference).norm() / reference.norm()).item()
 
 
 def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
@@ -213,7 +295,6 @@ def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
 def print_peak(device: torch.device, precision: str, road: str, batch: int, n_steps: int) -> None:
     """The measuring process of ``measure_memory``: prints MB."""
     contestants = Contestants(device, precision, batch)
-    contestants.run_engine(1, 8)
     run = contestants.run_engine if road == "engine" else contestants.run_captum
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -262,6 +343,14 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", f"Unlike against equal requests of as many rows: {report['unlike']['ratio']:.3f} times the time."]
     lines += ["", "| peak memory | MB |", "|---|---|"]
     lines += [f"| {name} | {megabytes:.0f} |" for name, megabytes in report["memory_mb"].items()]
+    lines += ["", "| rows a chunk | 100 steps |", "|---|---|"]
+    lines += [f"| {size} | {1e3 * seconds:.0f} ms |" for size, seconds in report["max_rows_seconds"].items()]
+    if report["pass_seconds"]:
+        lines += ["", f"| one pass of {report['max_rows']} rows | time |", "|---|---|"]
+        lines += [f"| {name} | {1e3 * seconds:.1f} ms |" for name, seconds in report["pass_seconds"].items()]
+    if report["precision_errors"]:
+        lines += ["", f"| relative error at {PRECISION_STEPS} steps | median |", "|---|---|"]
+        lines += [f"| {name} | {error:.1e} |" for name, error in report["precision_errors"].items()]
     found = report["profile"]
     lines += [
         "",
@@ -281,6 +370,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 4 8; on a GPU 1 to 64")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each cell (default: 5)")
     parser.add_argument("--most-rows", type=int, help="leave out larger cells, which (a) holds in memory at once")
+    parser.add_argument("--compiled", action="store_true", help="compare with a compiled joint graph")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "engine.json")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,6 +399,9 @@ def main() -> None:
             for batch, n in tqdm([(batch, n) for batch, n in cells if batch * n <= most_rows], desc="cells")
         ],
         "unlike": compare_unlike(contestants, arguments.repeats),
+        "max_rows_seconds": compare_chunk_sizes(contestants, arguments.repeats),
+        "pass_seconds": compare_compiled(contestants, arguments.repeats) if arguments.compiled else None,
+        "precision_errors": compare_precisions(device) if on_gpu else None,
         "profile": profile_engine(contestants),
         "memory_mb": measure_memory(device, arguments.precision),
     }

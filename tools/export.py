@@ -148,9 +148,34 @@ def build_served(module: nn.Module) -> nn.Module:
     for layer in folded.modules():
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
+    _pool_before_relu(folded)
     split = _split_behind_stem(folded)
     served = PlainClassifier(folded) if split is None else HoistableClassifier(*split)
     return served.eval().requires_grad_(False)
+
+
+def _pool_before_relu(network: torch.fx.GraphModule) -> None:
+    """Swap each ReLU with the max pooling that alone reads it. Changes ``network``.
+
+    The largest of rectified numbers is the rectified largest, and their gradients are the same too; the ReLU then works
+    on what is left after the pooling.
+    """
+    for pool in list(network.graph.nodes):
+        if not _calls(network, pool, nn.MaxPool2d):
+            continue
+        relu = pool.args[0]
+        if not _calls(network, relu, nn.ReLU) or len(relu.users) > 1:
+            continue
+        pool.args = relu.args
+        pool.replace_all_uses_with(relu)
+        relu.args = (pool,)
+        pool.append(relu)
+    network.graph.lint()
+    network.recompile()
+
+
+def _calls(network: torch.fx.GraphModule, node: torch.fx.Node, layers: type | tuple[type, ...]) -> bool:
+    return node.op == "call_module" and isinstance(network.get_submodule(node.target), layers)
 
 
 def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, nn.Module] | None:
@@ -160,9 +185,9 @@ def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, nn.Mod
     stem = []
     while len(last.users) == 1:
         (user,) = last.users
-        if user.op != "call_module" or not isinstance(layer := network.get_submodule(user.target), AFFINE_LAYERS):
+        if not _calls(network, user, AFFINE_LAYERS):
             break
-        stem.append(layer)
+        stem.append(network.get_submodule(user.target))
         last = user
     if not stem:
         return None

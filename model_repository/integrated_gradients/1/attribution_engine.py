@@ -9,6 +9,7 @@ sum of a path's gradients only. README.md beside this folder derives it.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ import captum.attr
 import torch
 from captum.attr._utils.common import _format_input_baseline, _validate_input
 from captum.log import log_usage
-from classifier_network import CapturedRows, Network, UnsupportedOutputError
-from path_quadrature import quadrature
+from classifier_network import CapturedPasses, EagerPasses, Network, Rows, UnsupportedOutputError
+from path_quadrature import place_points, quadrature, weighted_sum
 from torch import Tensor
 
 
@@ -62,20 +63,45 @@ class Explanation:
     error_estimate: float = math.nan
 
 
+@dataclass
+class _Start:
+    """A baseline in feature space [1, ...], and what the network says of it [classes] once that is needed."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+
 class _Path:
     """One path under way: its end points in feature space, what is left of its rows, the sum of its gradients."""
 
     def __init__(self, job: Job, image: Tensor) -> None:
         self.job, self.image = job, image
-        self.nodes, self.weights = quadrature(job.method, job.n_steps)
+        nodes, weights = quadrature(job.method, job.n_steps)
+        self.nodes, self.weights = torch.stack((nodes, weights)).to(image.device)
         self.next_row = 0
-        self.start: Tensor | None = None
+        self.start: _Start | None = None
         self.displacement: Tensor | None = None
         self.gradient: Tensor | None = None
 
     @property
     def rows_left(self) -> int:
         return len(self.nodes) - self.next_row
+
+    def fill(self, rows: slice, into: Rows) -> None:
+        """Write the inputs of some of the path's rows."""
+        job = self.job
+        place_points(self.start.features, self.displacement, self.nodes[rows], into.features)
+        into.classes[:, 0] = job.target
+        into.classes[:, 1] = job.target if job.contrast is None else job.contrast
+        into.signs[:, 0] = 1.0
+        into.signs[:, 1] = 0.0 if job.contrast is None else -1.0
+        into.on_probability[:] = job.probability
+
+    def add(self, rows: slice, gradients: Tensor) -> None:
+        """Take the gradients of those rows."""
+        total = weighted_sum(self.weights[rows], gradients)
+        self.gradient = total if self.gradient is None else self.gradient.add_(total)
+        self.next_row = rows.stop
 
 
 def _paths(jobs: Iterable[Job]) -> Iterator[_Path]:
@@ -112,8 +138,9 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         super().__init__(self.network if returns_tuple else self.network.module, multiply_by_inputs)
         self.max_rows = max_rows
         self._equal_chunks = not capture
-        self._row_gradients = CapturedRows(self.network, max_rows) if capture else self.network.row_gradients
-        self._kept_baselines: dict[Hashable, Tensor] = {}
+        self.passes = (CapturedPasses if capture else EagerPasses)(self.network, max_rows)
+        self._kept_starts: dict[Hashable, _Start] = {}
+        self._lock = threading.Lock()  # the passes share buffers
 
     @log_usage()  # NoiseTunnel calls what this decorator wraps
     def attribute(
@@ -201,9 +228,10 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         """
         limit = min(max_rows or self.max_rows, self.max_rows)
         parts: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
-        for path in self._integrate(jobs, limit):
-            parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
-            path.start = path.displacement = path.gradient = None
+        with self._lock:
+            for path in self._integrate(jobs, limit):
+                parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
+                path.start = path.displacement = path.gradient = None
         return [self._mean(job, parts.get(id(job), [])) for job in jobs]
 
     def _mean(self, job: Job, parts: list[tuple[Tensor, Tensor | None]]) -> Explanation | None:
@@ -247,29 +275,33 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
 
     def _run_chunk(self, segments: list[tuple[_Path, slice]]) -> None:
         self._enter([path for path, _ in segments if path.start is None])
-        features = torch.cat(
-            [
-                torch.addcmul(path.start, _column(path.nodes[rows], path.start), path.displacement).to(path.image.dtype)
-                for path, rows in segments
-            ]
-        )
-        gradients = self._row_gradients(features, *_objectives(segments, features))
-        first = 0
+        path = segments[0][0]
+        buffers = self.passes.buffers(path.start.features, path.image.dtype)
+        places, count = [], 0
         for path, rows in segments:
-            own = gradients[first : first + rows.stop - rows.start]
-            first += len(own)
-            total = torch.tensordot(path.weights[rows].to(own), own, dims=1).unsqueeze(0)
-            path.gradient = total if path.gradient is None else path.gradient.add_(total)
-            path.next_row = rows.stop
+            places.append(slice(count, count + rows.stop - rows.start))
+            count = places[-1].stop
+            path.fill(rows, buffers[places[-1]])
+        gradients = self.passes.gradients(buffers, count)
+        for (path, rows), place in zip(segments, places):
+            path.add(rows, gradients[place])
 
     def _enter(self, paths: list[_Path]) -> None:
-        """Place the ends of new paths in feature space."""
+        """Place the ends of new paths in feature space, in one pass through the stem."""
         if not paths:
             return
-        ends = self.network.stem(torch.stack([path.image for path in paths]))
-        for path, end in zip(paths, ends):
-            path.start = self.network.stem(path.job.baseline.unsqueeze(0))
-            path.displacement = end.unsqueeze(0) - path.start
+        for path in paths:
+            path.start = self._kept_starts.get(path.job.baseline_key)
+        # Once for all noise samples of a job that come up together, and once and for all for a constant baseline.
+        baselines = {_start_key(path.job): path.job.baseline for path in paths if path.start is None}
+        features = self.network.stem(torch.stack([*(path.image for path in paths), *baselines.values()])).split(1)
+        starts = {key: _Start(own.clone()) for key, own in zip(baselines, features[len(paths) :])}
+        for path, end in zip(paths, features):
+            if path.start is None:
+                path.start = starts[_start_key(path.job)]
+                if path.job.baseline_key is not None:
+                    self._kept_starts[path.job.baseline_key] = path.start
+            path.displacement = end - path.start.features
 
     def _conclude(self, path: _Path, with_delta: bool) -> tuple[Tensor, Tensor | None]:
         """Attribution and convergence delta of a finished path."""
@@ -281,16 +313,14 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             return attributions, None
         known = job.image_logits is not None and not job.stdevs
         end = job.image_logits if known else self.network(image.unsqueeze(0))[0]
-        change = _objective(end, job) - _objective(self._baseline_logits(job), job)
+        if path.start.logits is None:
+            path.start.logits = self.network(job.baseline.unsqueeze(0))[0]
+        change = _objective(end, job) - _objective(path.start.logits, job)
         return attributions, attributions.sum() - change
 
-    def _baseline_logits(self, job: Job) -> Tensor:
-        if job.baseline_key in self._kept_baselines:
-            return self._kept_baselines[job.baseline_key]
-        logits = self.network(job.baseline.unsqueeze(0))[0]
-        if job.baseline_key is not None:
-            self._kept_baselines[job.baseline_key] = logits
-        return logits
+
+def _start_key(job: Job) -> Hashable:
+    return id(job) if job.baseline_key is None else job.baseline_key
 
 
 def _is_hookless_module(function: Any) -> bool:
@@ -299,27 +329,6 @@ def _is_hookless_module(function: Any) -> bool:
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return not any(getattr(module, name, None) for module in function.modules() for name in hooks)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """Values [n] as [n, 1, ...] for broadcasting against ``like`` [1, ...], in its dtype and on its device."""
-    return values.to(like).view(-1, *[1] * (like.dim() - 1))
-
-
-def _objectives(segments: list[tuple[_Path, slice]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What each row explains, as ``Network.row_gradients`` takes it."""
-    classes, signs, on_probability = [], [], []
-    for path, rows in segments:
-        job, count = path.job, rows.stop - rows.start
-        classes += [[job.target, job.target if job.contrast is None else job.contrast]] * count
-        signs += [[1.0, 0.0 if job.contrast is None else -1.0]] * count
-        on_probability += [[job.probability]] * count
-    device = like.device
-    return (
-        torch.tensor(classes, device=device),
-        torch.tensor(signs, dtype=like.dtype, device=device),
-        torch.tensor(on_probability, device=device),
-    )
 
 
 def _objective(logits: Tensor, job: Job) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from attribution_engine import IntegratedGradients
-from classifier_network import Network
+from classifier_network import Network, Rows
 
 PRECISIONS = ("tf32", "float16", "ieee")
 # Rows a chunk on a CPU: see the table in README.md beside this folder.
@@ -40,24 +40,25 @@ def build_engine(
     module = module.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         return IntegratedGradients(module, max_rows=max_rows or CPU_MAX_ROWS)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "ieee"
+    allow_tf32(precision)
     torch.backends.cudnn.benchmark = True
-    network = Network(module, torch.float16 if precision == "float16" else None)
+    network = Network(module, torch.float16 if precision == "float16" else None, float64_stem=precision == "ieee")
     return IntegratedGradients(network, max_rows=max_rows or _rows_that_fit(network, device, image_shape), capture=True)
+
+
+def allow_tf32(precision: str) -> None:
+    """Set, for the whole process, whether float32 products on a CUDA device may be TF32's."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "ieee"
 
 
 def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence[int]) -> int:
     """A power of two: rows whose activations take at most a share of the free memory."""
-    features = network.stem(torch.zeros(1, *image_shape, device=device)).float()
-    arguments = (
-        torch.zeros(1, 2, dtype=torch.int64, device=device),
-        torch.zeros(1, 2, device=device),
-        torch.zeros(1, 1, dtype=torch.bool, device=device),
-    )
-    network.row_gradients(features, *arguments)  # the first pass also loads libraries
+    features = network.stem(torch.zeros(1, *image_shape, device=device))
+    row = Rows.like(features, torch.float32, 1)
+    network.row_gradients(row)  # the first pass also loads libraries
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    network.row_gradients(features, *arguments)
+    network.row_gradients(row)
     row_bytes = max(1, torch.cuda.max_memory_allocated(device) - before)
     fitting = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] / row_bytes)
     return 1 << max(0, min(fitting, GPU_MAX_ROWS).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""Captum's quadrature rules on [0, 1], each computed once per process."""
+"""Captum's quadrature rules on [0, 1], each computed once per process, and the sums that apply them to a path."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from functools import lru_cache
 
 import torch
 from captum.attr._utils.approximation_methods import approximation_parameters
+from torch import Tensor
+
+# Numbers at once when path points are rounded; in float64 and with their sources they fit an L2 cache.
+BLOCK_NUMBERS = 100_000
 
 
 @lru_cache(maxsize=1024)
-def quadrature(method: str, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of one of Captum's methods.
 
     They are Captum's own numbers, so ``riemann_trapezoid`` keeps its weights, which add up to ``1 - 1 / n_steps``.
@@ -20,3 +24,30 @@ def quadrature(method: str, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     step_sizes, alphas = approximation_parameters(method)
     return torch.tensor(alphas(n_steps)), torch.tensor(step_sizes(n_steps))
+
+
+def place_points(start: Tensor, displacement: Tensor, nodes: Tensor, points: Tensor) -> None:
+    """Write ``start + nodes * displacement`` [n, ...] into ``points``, computed in the dtype of ``start`` [1, ...].
+
+    ``nodes`` is [n]. A wider dtype than that of ``points`` is rounded once, block by block, which stay in a CPU's
+    cache.
+    """
+    column = nodes.to(start.dtype).view(-1, *[1] * (start.dim() - 1))
+    if start.dtype == points.dtype:
+        torch.addcmul(start, column, displacement, out=points)
+        return
+    blocks = 1
+    if start.dim() > 2 and start.device.type == "cpu":
+        blocks = min(start.shape[2], -(-points.numel() // BLOCK_NUMBERS))
+    parts = (tensor.tensor_split(blocks, dim=min(2, start.dim() - 1)) for tensor in (start, displacement, points))
+    for start_part, displacement_part, points_part in zip(*parts):
+        points_part.copy_(torch.addcmul(start_part, column, displacement_part))
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum of ``rows`` [n, ...] times ``weights`` [n], as [1, ...] in the same layout."""
+    order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
+    in_memory_order = rows.permute(0, *order)  # lest channels_last rows be copied to be flattened
+    total = weights.to(rows) @ in_memory_order.reshape(len(rows), -1)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return total.view(in_memory_order.shape[1:]).permute(inverse).unsqueeze(0)
