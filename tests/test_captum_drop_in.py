@@ -114,12 +114,12 @@ def test_noise_tunnel_and_metrics_take_the_engine():
 
 
 def test_served_file_is_a_drop_in_too(served_module, eager_model_float64):
-    # In float64, where no rounding flips an activation: what is left is the mathematics.
+    # In float64, where rounding flips no activation; the folded weights are rounded to float32, which is 5e-6 here.
     from conftest import relative_distance, scene_pixels
 
     images = torch.stack([scene_pixels(0), scene_pixels(1)]).double()
     options = {"target": [2, 5], "n_steps": 6, "return_convergence_delta": True}
     found, delta = IntegratedGradients(copy.deepcopy(served_module).double()).attribute(images, **options)
     expected, expected_delta = captum.attr.IntegratedGradients(eager_model_float64).attribute(images, **options)
-    assert relative_distance(found, expected.detach()) <= 1e-6
-    torch.testing.assert_close(delta, expected_delta.detach(), rtol=0, atol=1e-6)
+    assert relative_distance(found, expected.detach()) <= 5e-5
+    torch.testing.assert_close(delta, expected_delta.detach(), rtol=0, atol=1e-5)

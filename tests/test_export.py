@@ -50,6 +50,17 @@ def test_tail_of_stem_gives_the_logits_and_stem_is_affine(exported):
         torch.testing.assert_close(mixed, 0.25 * exported.stem(one) + 0.75 * exported.stem(other), rtol=0, atol=1e-5)
 
 
+def test_relu_follows_the_max_pooling_and_gradients_stay_the_same(exported):
+    code = exported.tail_layers.code
+    assert code.index("maxpool") < code.index("relu")
+    eager = load_source("shapes").module.double()
+    served = export.build_served(load_source("shapes").module.double())
+    pixels = scene_pixels(0)[None].double().requires_grad_()
+    (expected,) = torch.autograd.grad(eager(pixels)[0, 3], pixels)
+    (found,) = torch.autograd.grad(served(pixels)[0][0, 3], pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
 def test_labels_and_manifest_lie_beside_the_model(repository):
     assert (repository / "classifier" / "labels.txt").read_text().split() == list(CLASSES)
     manifest = json.loads((repository / "classifier" / "1" / "manifest.json").read_text())
