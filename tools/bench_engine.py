@@ -9,9 +9,9 @@ engine  what `integrated_gradients` runs: TorchScript with folded batch norm, ho
         of a few tried here.
 
 Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions, the
-share of the machine's measured matrix-product peak, chunk sizes compared, and, on a GPU, the error that each precision
-adds. ``--compiled`` also compares one pass as it is run with the same pass as a compiled joint graph of forward and
-backward (torch.compile; on a CPU it needs a C++ compiler).
+share of the machine's measured matrix-product peak, chunk sizes compared, and, on a GPU or with ``--gate-images``, the
+errors of quadrature and of each precision. ``--compiled`` also compares one pass as it is run with the same pass as a
+compiled joint graph of forward and backward (torch.compile; on a CPU it needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -53,10 +53,17 @@ MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
 SHAPE = (3, 224, 224)
 CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 10, 13, 17, 25)
 GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
-# The precision gate: images, steps, and the midpoint rule that stands for the integral.
+# The precision gate on a GPU: images, steps, and the midpoint rule that stands for the integral.
 PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
-MEMORY_CASES = {"50 steps": (1, 50), "1000 steps": (1, 1000), "batch 32, 50 steps": (32, 50)}
+# Road, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as it is used.
+MEMORY_CASES = {
+    "engine, 20 requests of 50 steps": ("engine", 1, 50, 20),
+    "engine, 1 request of 1000 steps": ("engine", 1, 1000, 1),
+    "engine, batch of 32 at 31 steps": ("engine", 32, 31, 1),
+    "Captum (a), 1 request of 50 steps": ("captum", 1, 50, 1),
+}
+MEMORY_REPEATS = 3
 
 
 class Contestants:
@@ -246,10 +253,7 @@ def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]
 
 
 def compare_precisions(
-    device: torch.device,
-    n_steps: int = PRECISION_STEPS,
-    n_images: int = PRECISION_IMAGES,
-    reference: int = REFERENCE_STEPS,
+    device: torch.device, n_images: int, n_steps: int = PRECISION_STEPS, reference: int = REFERENCE_STEPS
 ) -> dict[str, float]:
     """The precision gate: medians of relative L2 distances over a few images.
 
@@ -280,32 +284,33 @@ def relative_distance(values: Tensor, reference: Tensor) -> float:
 
 
 def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
-    """Peak memory of each case in MB over what was there before, each in a process of its own."""
-    peaks = {}
-    for road, names in (("engine", list(MEMORY_CASES)), ("captum", ["50 steps"])):
-        for name in names:
-            batch, n_steps = MEMORY_CASES[name]
-            options = ["--device", str(device), "--precision", precision, "--memory-of", road, str(batch), str(n_steps)]
+    """Peak memory of each case in MB over what the loaded engine takes, in processes of their own, medians."""
+    seen: dict[str, list[float]] = {name: [] for name in MEMORY_CASES}
+    for _ in range(MEMORY_REPEATS):
+        for name, case in MEMORY_CASES.items():
+            options = ["--device", str(device), "--precision", precision, "--memory-of", *map(str, case)]
             command = [sys.executable, "-m", "tools.bench_engine", *options]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            peaks[f"{road}, {name}"] = float(found.split()[-1])
-    return peaks
+            seen[name].append(float(found.split()[-1]))
+    return {name: statistics.median(megabytes) for name, megabytes in seen.items()}
 
 
-def print_peak(device: torch.device, precision: str, road: str, batch: int, n_steps: int) -> None:
+def print_peak(device: torch.device, precision: str, road: str, batch: int, n_steps: int, requests: int) -> None:
     """The measuring process of ``measure_memory``: prints MB."""
     contestants = Contestants(device, precision, batch)
     run = contestants.run_engine if road == "engine" else contestants.run_captum
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = _peak_resident_mb()
+    for _ in range(requests):
         run(batch, n_steps)
+    if device.type == "cuda":
         print((torch.cuda.max_memory_allocated() - before) / 1e6)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _peak_resident_mb()
-    run(batch, n_steps)
-    print(_peak_resident_mb() - before)
+    else:
+        print(_peak_resident_mb() - before)
 
 
 def _peak_resident_mb() -> float:
@@ -370,18 +375,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 4 8; on a GPU 1 to 64")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each cell (default: 5)")
     parser.add_argument("--most-rows", type=int, help="leave out larger cells, which (a) holds in memory at once")
+    parser.add_argument("--gate-images", type=int, help="images for the precision gate (default: 8 on a GPU, else 0)")
     parser.add_argument("--compiled", action="store_true", help="compare with a compiled joint graph")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "engine.json")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = arguments.device
     ensure_exported()
     if arguments.memory_of:
-        road, batch, n_steps = arguments.memory_of
-        print_peak(device, arguments.precision, road, int(batch), int(n_steps))
+        road, *numbers = arguments.memory_of
+        print_peak(device, arguments.precision, road, *map(int, numbers))
         return
     on_gpu = device.type == "cuda"
     batches = arguments.batches or ([1, 2, 4, 8, 16, 32, 64] if on_gpu else [1, 4, 8])
+    gate_images = arguments.gate_images if arguments.gate_images is not None else PRECISION_IMAGES if on_gpu else 0
     most_rows = arguments.most_rows or (3200 if on_gpu else 400)
     cells = [(batch, n) for batch in batches for n in arguments.steps]
     contestants = Contestants(device, arguments.precision, max(8, *batches))
@@ -401,7 +408,7 @@ def main() -> None:
         "unlike": compare_unlike(contestants, arguments.repeats),
         "max_rows_seconds": compare_chunk_sizes(contestants, arguments.repeats),
         "pass_seconds": compare_compiled(contestants, arguments.repeats) if arguments.compiled else None,
-        "precision_errors": compare_precisions(device) if on_gpu else None,
+        "precision_errors": compare_precisions(device, gate_images) if gate_images else None,
         "profile": profile_engine(contestants),
         "memory_mb": measure_memory(device, arguments.precision),
     }
