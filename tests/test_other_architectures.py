@@ -41,7 +41,7 @@ def test_repository_serves_another_architecture(tmp_path, architecture):
     start = BASELINES.make(baseline, image[0])[None]
     with torch.no_grad():
         probabilities = model(image).softmax(dim=1)
-    torch.testing.assert_close(torch.from_numpy(found["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
     expected = captum.attr.IntegratedGradients(model).attribute(image, start, target=3, n_steps=4).detach()
     # Float32 is about 1e-3 from float64 at four nodes: one flipped activation is that much.
     assert relative_distance(found["ATTRIBUTIONS"], expected) <= 5e-3
