@@ -158,6 +158,46 @@ def test_quadrature_is_captums(method):
     assert weights.sum().item() == pytest.approx(0.95 if method == "riemann_trapezoid" else 1)
 
 
+@pytest.mark.parametrize("tolerance", [0.1, 0.03])
+def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance):
+    engine = IntegratedGradients(served_module)
+    for index in range(3):
+        image = scene_pixels(index)
+        job = Job(image, torch.zeros_like(image), 4, 100, tolerance=tolerance)
+        (found,) = engine.explain([job])
+        (integral,) = engine.explain([replace(job, tolerance=None, n_steps=128, method="riemann_middle")])
+        assert relative_distance(found.attributions, integral.attributions) <= tolerance
+        assert found.error_estimate <= tolerance
+        assert 7 <= found.n_steps < 60
+        change = found.attributions.sum() - found.convergence_delta
+        assert abs(found.convergence_delta) <= tolerance * max(abs(change), 0.1 * found.attributions.abs().sum())
+
+
+def test_tolerance_stops_at_n_steps_and_says_what_it_reached(served_module):
+    image = scene_pixels(0)
+    job = Job(image, torch.zeros_like(image), 4, 12, tolerance=0.001)
+    for n_steps in (3, 12):
+        (found,) = IntegratedGradients(served_module).explain([replace(job, n_steps=n_steps)])
+        assert n_steps - 2 <= found.n_steps <= n_steps
+        assert found.error_estimate > 0.001
+
+
+def test_images_of_one_batch_stop_on_their_own(served_module):
+    engine = IntegratedGradients(served_module)
+    images = [scene_pixels(index) for index in range(3)]
+    jobs = [
+        Job(images[0], torch.zeros_like(images[0]), 4, 40, tolerance=0.3),
+        Job(images[1], torch.zeros_like(images[1]), 4, 10),
+        Job(images[2], torch.zeros_like(images[2]), 4, 40, tolerance=0.03, nt_samples=2, stdevs=0.1),
+    ]
+    together = engine.explain(jobs)
+    for job, one in zip(jobs, together):
+        (alone,) = engine.explain([job])
+        assert one.n_steps == alone.n_steps
+        assert relative_distance(one.attributions, alone.attributions) <= 1e-5
+    assert together[0].n_steps < together[2].n_steps / 2
+
+
 def test_one_noise_sample_of_zero_deviation_is_plain(served_module):
     image = scene_pixels(0)
     plain, smooth = IntegratedGradients(served_module).explain(

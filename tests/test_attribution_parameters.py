@@ -49,3 +49,17 @@ def test_messages_stay_short_whatever_came():
     with pytest.raises(ParameterError) as refusal:
         parse_parameters({"method": "x" * 100_000}, Limits())
     assert len(str(refusal.value)) < 400
+
+
+def test_tolerance_takes_no_method_and_three_steps():
+    assert parse_parameters({"tolerance": "0.05"}, Limits()).tolerance == 0.05
+    with pytest.raises(ParameterError, match=r"'method' must be absent beside 'tolerance'.*'riemann_middle'"):
+        parse_parameters({"tolerance": 0.05, "method": "riemann_middle"}, Limits())
+    with pytest.raises(ParameterError, match=r"'n_steps' must be .* 3 with tolerance"):
+        parse_parameters({"tolerance": 0.05, "n_steps": 2}, Limits())
+
+
+@pytest.mark.parametrize("value", [0, 0.0009, 0.51, -0.1, math.nan, math.inf, "nan", "small", True, [0.1]], ids=str)
+def test_other_tolerances_are_refused_by_name(value):
+    with pytest.raises(ParameterError, match=r"'tolerance' must be a number from 0.001 to 0.5"):
+        parse_parameters({"tolerance": value}, Limits())

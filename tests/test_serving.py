@@ -100,6 +100,16 @@ def test_explain_without_parameters_equals_captum(triton, images, eager_model, e
     assert (heatmap.format, heatmap.size) == ("PNG", (224, 224))
 
 
+def test_tolerance_spends_what_it_takes_and_says_so(triton):
+    image = [encode(scene_image(0))]
+    rough, fine = (infer(triton, image, n_steps=200, tolerance=tolerance) for tolerance in ("0.2", "0.03"))
+    assert rough["N_STEPS"][0, 0] < fine["N_STEPS"][0, 0] < 100
+    assert 0 < fine["ERROR_ESTIMATE"][0, 0] <= 0.03 < rough["ERROR_ESTIMATE"][0, 0] <= 0.2
+    integral = infer(triton, image, n_steps=128, method="riemann_middle")
+    assert np.isnan(integral["ERROR_ESTIMATE"][0, 0])
+    assert relative_distance(fine["ATTRIBUTIONS"], integral["ATTRIBUTIONS"]) <= 0.03
+
+
 @pytest.mark.parametrize(
     "parameters",
     [{"method": m} for m in ("riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")]

@@ -19,8 +19,12 @@ import torch
 from captum.attr._utils.common import _format_input_baseline, _validate_input
 from captum.log import log_usage
 from classifier_network import CapturedPasses, EagerPasses, Network, Rows, UnsupportedOutputError
-from path_quadrature import place_points, quadrature, weighted_sum
+from path_quadrature import place_points
+from path_rules import FixedRule, RefinedRule
 from torch import Tensor
+
+# Of the sum of absolute attributions: a completeness gap is measured against no smaller change of the output.
+LEAST_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Job:
 
     ``image`` and ``baseline`` are float [channels, height, width] on the engine's device. The function is the logit, or
     with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
+
+    With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
+    within it, or ``n_steps``, then at least 3, are spent; ``method`` is not used.
 
     With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
     image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
@@ -39,6 +46,7 @@ class Job:
     target: int
     n_steps: int = 50
     method: str = "gausslegendre"
+    tolerance: float | None = None
     probability: bool = False
     contrast: int | None = None
     nt_samples: int = 1
@@ -54,7 +62,8 @@ class Explanation:
     """The attribution of one job.
 
     ``attributions`` is shaped like the image; ``convergence_delta``, a scalar tensor, is Captum's: the sum of the
-    attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations.
+    attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations;
+    ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance and a mean over noise samples.
     """
 
     attributions: Tensor
@@ -72,25 +81,30 @@ class _Start:
 
 
 class _Path:
-    """One path under way: its end points in feature space, what is left of its rows, the sum of its gradients."""
+    """One path under way: its end points in feature space, and the rule that walks it."""
 
     def __init__(self, job: Job, image: Tensor) -> None:
         self.job, self.image = job, image
-        nodes, weights = quadrature(job.method, job.n_steps)
-        self.nodes, self.weights = torch.stack((nodes, weights)).to(image.device)
+        self.rule: FixedRule | RefinedRule
+        if job.tolerance is None:
+            self.rule = FixedRule(job.method, job.n_steps, image.device)
+        else:
+            self.rule = RefinedRule(job.tolerance, job.n_steps, image.device)
         self.next_row = 0
         self.start: _Start | None = None
         self.displacement: Tensor | None = None
-        self.gradient: Tensor | None = None
+        self.attributions: Tensor | None = None
+        self.change: Tensor | None = None
 
     @property
     def rows_left(self) -> int:
-        return len(self.nodes) - self.next_row
+        """Rows of the present stage."""
+        return len(self.rule.nodes) - self.next_row
 
     def fill(self, rows: slice, into: Rows) -> None:
         """Write the inputs of some of the path's rows."""
         job = self.job
-        place_points(self.start.features, self.displacement, self.nodes[rows], into.features)
+        place_points(self.start.features, self.displacement, self.rule.nodes[rows], into.features)
         into.classes[:, 0] = job.target
         into.classes[:, 1] = job.target if job.contrast is None else job.contrast
         into.signs[:, 0] = 1.0
@@ -99,9 +113,13 @@ class _Path:
 
     def add(self, rows: slice, gradients: Tensor) -> None:
         """Take the gradients of those rows."""
-        total = weighted_sum(self.weights[rows], gradients)
-        self.gradient = total if self.gradient is None else self.gradient.add_(total)
+        self.rule.add(rows, gradients)
         self.next_row = rows.stop
+
+
+def _first_rows(job: Job) -> int:
+    """Rows that a job asks for before anything is known of it."""
+    return job.nt_samples * (job.n_steps if job.tolerance is None else RefinedRule.first_rows(job.n_steps))
 
 
 def _paths(jobs: Iterable[Job]) -> Iterator[_Path]:
@@ -227,39 +245,31 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             One explanation a job, in order; None for a job that was cancelled on the way.
         """
         limit = min(max_rows or self.max_rows, self.max_rows)
-        parts: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        parts: dict[int, list[Explanation]] = {}
         with self._lock:
             for path in self._integrate(jobs, limit):
                 parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
-                path.start = path.displacement = path.gradient = None
-        return [self._mean(job, parts.get(id(job), [])) for job in jobs]
-
-    def _mean(self, job: Job, parts: list[tuple[Tensor, Tensor | None]]) -> Explanation | None:
-        """The explanation of a job from its paths, or None if not all were finished."""
-        if len(parts) < job.nt_samples:
-            return None
-        attributions, deltas = zip(*parts)
-        mean = attributions[0] if len(parts) == 1 else torch.stack(attributions).mean(dim=0)
-        delta = None if deltas[0] is None else torch.stack(deltas).mean()
-        return Explanation(mean, delta, job.nt_samples * job.n_steps)
+        return [_mean(job, parts.get(id(job), [])) for job in jobs]
 
     def _integrate(self, jobs: Sequence[Job], limit: int) -> Iterator[_Path]:
-        """Sum the gradients of all rows; yields each path when its last row is done."""
+        """Take the gradients of all rows; yields each path when its last row is done."""
         unstarted = _paths(jobs)
-        rows_left = sum(job.nt_samples * job.n_steps for job in jobs)
+        rows_waiting = sum(map(_first_rows, jobs))
         under_way: list[_Path] = []
-        while rows_left:
+        while True:
             # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
             while sum(path.rows_left for path in under_way) < limit and (path := next(unstarted, None)):
                 under_way.append(path)
-            cancelled = [path for path in under_way if path.job.is_cancelled()]
-            if cancelled:
-                rows_left -= sum(path.rows_left for path in cancelled)
-                under_way = [path for path in under_way if path not in cancelled]
-                continue
+                rows_waiting -= path.rows_left
+            under_way = [path for path in under_way if not path.job.is_cancelled()]
+            if not under_way:
+                if rows_waiting:
+                    continue
+                return
             room = limit
             if self._equal_chunks:
                 # 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
+                rows_left = rows_waiting + sum(path.rows_left for path in under_way)
                 room = math.ceil(rows_left / math.ceil(rows_left / limit))
             segments: list[tuple[_Path, slice]] = []
             for path in under_way:
@@ -268,10 +278,14 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                 rows = min(room, path.rows_left)
                 segments.append((path, slice(path.next_row, path.next_row + rows)))
                 room -= rows
-                rows_left -= rows
             self._run_chunk(segments)
-            yield from (path for path, _ in segments if path.rows_left == 0)
-            under_way = [path for path in under_way if path.rows_left]
+            for path, _ in segments:
+                if path.rows_left == 0:
+                    if path.rule.refine(lambda total, difference, path=path: self._judge(path, total, difference)):
+                        path.next_row = 0
+                    else:
+                        under_way.remove(path)
+                        yield path
 
     def _run_chunk(self, segments: list[tuple[_Path, slice]]) -> None:
         self._enter([path for path, _ in segments if path.start is None])
@@ -303,20 +317,56 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                     self._kept_starts[path.job.baseline_key] = path.start
             path.displacement = end - path.start.features
 
-    def _conclude(self, path: _Path, with_delta: bool) -> tuple[Tensor, Tensor | None]:
-        """Attribution and convergence delta of a finished path."""
-        job, image = path.job, path.image
-        attributions = self.network.transposed_stem(path.gradient, image.unsqueeze(0))[0]
-        if self.multiplies_by_inputs:
-            attributions = attributions * (image - job.baseline)
-        if not with_delta:
-            return attributions, None
-        known = job.image_logits is not None and not job.stdevs
-        end = job.image_logits if known else self.network(image.unsqueeze(0))[0]
-        if path.start.logits is None:
-            path.start.logits = self.network(job.baseline.unsqueeze(0))[0]
-        change = _objective(end, job) - _objective(path.start.logits, job)
-        return attributions, attributions.sum() - change
+    def _pull_back(self, path: _Path, gradients: Tensor) -> Tensor:
+        """Attributions [n, ...] that weighted sums of gradients [n, ...] in feature space amount to."""
+        images = path.image.expand(len(gradients), *path.image.shape)
+        attributions = self.network.transposed_stem(gradients, images)
+        return attributions * (path.image - path.job.baseline) if self.multiplies_by_inputs else attributions
+
+    def _judge(self, path: _Path, total: Tensor, difference: Tensor) -> tuple[float, float]:
+        """Relative norm of a difference, and the relative completeness gap, of a path's attributions."""
+        path.attributions, between = self._pull_back(path, torch.cat((total, difference)))
+        change = self._change(path)
+        size = path.attributions.abs().sum()
+        gap = path.attributions.sum() - change if self.multiplies_by_inputs else torch.zeros_like(size)
+        # A change far below what the attributions add up to without their signs is no measure of anything.
+        scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
+        found = torch.stack((between.norm(), path.attributions.norm(), gap.abs(), scale)).tolist()
+        return tuple(part / whole if whole else math.inf if part else 0.0 for part, whole in (found[:2], found[2:]))
+
+    def _conclude(self, path: _Path, with_delta: bool) -> Explanation:
+        """The explanation that a finished path amounts to."""
+        attributions = path.attributions
+        if attributions is None:
+            (attributions,) = self._pull_back(path, path.rule.gradient)
+        delta = attributions.sum() - self._change(path) if with_delta else None
+        return Explanation(attributions, delta, path.rule.n_steps, path.rule.error_estimate)
+
+    def _change(self, path: _Path) -> Tensor:
+        """F(image) - F(baseline), a scalar."""
+        if path.change is None:
+            job = path.job
+            known = job.image_logits is not None and not job.stdevs
+            end = job.image_logits if known else self.network(path.image.unsqueeze(0))[0]
+            if path.start.logits is None:
+                path.start.logits = self.network(job.baseline.unsqueeze(0))[0]
+            path.change = _objective(end, job) - _objective(path.start.logits, job)
+        return path.change
+
+
+def _mean(job: Job, parts: list[Explanation]) -> Explanation | None:
+    """The explanation of a job from those of its paths, or None if not all were finished."""
+    if len(parts) < job.nt_samples:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    attributions = torch.stack([part.attributions for part in parts]).mean(dim=0)
+    delta = None
+    if parts[0].convergence_delta is not None:
+        delta = torch.stack([part.convergence_delta for part in parts]).mean()
+    # Errors that do not cancel add up to no more than their mean.
+    estimate = sum(part.error_estimate for part in parts) / len(parts)
+    return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate)
 
 
 def _start_key(job: Job) -> Hashable:

@@ -36,13 +36,18 @@ class AttributionParameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_steps: _Integer = Field(50, ge=1, description="an integer from 1 (2 with a riemann method) to {max_n_steps}")
+    n_steps: _Integer = Field(
+        50, ge=1, description="an integer from 1 (2 with a riemann method, 3 with tolerance) to {max_n_steps}"
+    )
     method: Literal["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"] = Field(
         "gausslegendre", description="one of {choices}"
     )
     baseline: Literal["zero", "black", "gray", "white", "blur", "noise"] = Field("zero", description="one of {choices}")
     output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
     contrast: _Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
+    tolerance: _Number | None = Field(
+        None, ge=0.001, le=0.5, allow_inf_nan=False, description="a number from 0.001 to 0.5"
+    )
     nt_samples: _Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
     stdevs: _Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
     seed: _Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
@@ -52,13 +57,24 @@ class AttributionParameters(BaseModel):
         """Whether noise was asked for: the defaults alone are plain Integrated Gradients."""
         return bool(self.model_fields_set & {"nt_samples", "stdevs"})
 
+    def check_combinations(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            ParameterError: names them.
+        """
+        if self.tolerance is not None and "method" in self.model_fields_set:
+            raise ParameterError(
+                f"parameter 'method' must be absent beside 'tolerance', which places its own nodes, not {self.method!r}"
+            )
+
     def check_limits(self, limits: Limits) -> None:
         """Hold the values against the server's limits.
 
         Raises:
             ParameterError: one is over its limit.
         """
-        least = 2 if self.method.startswith("riemann") else 1
+        least = 3 if self.tolerance is not None else 2 if self.method.startswith("riemann") else 1
         if not least <= self.n_steps <= limits.max_n_steps:
             raise _refusal("n_steps", self.n_steps, limits)
         if self.nt_samples > limits.max_nt_samples:
@@ -83,6 +99,7 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         raise _refusal(name, own[name], limits) from None
+    parameters.check_combinations()
     parameters.check_limits(limits)
     return parameters
 

@@ -106,6 +106,7 @@ class TritonPythonModel:
                 target=target,
                 n_steps=asked.n_steps,
                 method=asked.method,
+                tolerance=asked.tolerance,
                 probability=asked.output == "probability",
                 contrast=asked.contrast,
                 nt_samples=asked.nt_samples,

@@ -44,10 +44,10 @@ def place_points(start: Tensor, displacement: Tensor, nodes: Tensor, points: Ten
         points_part.copy_(torch.addcmul(start_part, column, displacement_part))
 
 
-def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """Sum of ``rows`` [n, ...] times ``weights`` [n], as [1, ...] in the same layout."""
+def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sums of ``rows`` [n, ...] times each of ``weights`` [sums, n], as [sums, ...] in the same layout."""
     order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
     in_memory_order = rows.permute(0, *order)  # lest channels_last rows be copied to be flattened
-    total = weights.to(rows) @ in_memory_order.reshape(len(rows), -1)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return total.view(in_memory_order.shape[1:]).permute(inverse).unsqueeze(0)
+    totals = weights.to(rows) @ in_memory_order.reshape(len(rows), -1)
+    inverse = [1 + order.index(dimension) for dimension in range(1, rows.dim())]
+    return totals.view(-1, *in_memory_order.shape[1:]).permute(0, *inverse)
