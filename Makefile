@@ -4,7 +4,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-slow bench bench-engine lint localisation constraints clean
+.PHONY: demo serve test test-slow bench bench-engine lint quality localisation constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
@@ -28,6 +28,10 @@ lint: $(INSTALLED)
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
 	$(BIN)/python -m tools.bench_engine $(ARGS)
+
+# How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
+quality: $(INSTALLED)
+	$(BIN)/python -m tools.quality $(ARGS)
 
 # How much of the heat lies on the shapes, over 200 held-out images.
 localisation: $(INSTALLED)
