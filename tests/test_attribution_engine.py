@@ -119,7 +119,7 @@ def test_chunks_never_exceed_max_rows_and_share_rows_of_unlike_jobs(served_modul
     engine = IntegratedGradients(served_module, max_rows=8)
     sizes = []
     gradients = engine.passes.gradients
-    engine.passes.gradients = lambda rows, count: sizes.append(count) or gradients(rows, count)
+    engine.passes.gradients = lambda rows, count, *rest: sizes.append(count) or gradients(rows, count, *rest)
     image = scene_pixels(0)
     # 5 + 20 + 2 rows share four chunks.
     engine.explain([Job(image, torch.zeros_like(image), 0, n) for n in (5, 20, 2)])

@@ -7,8 +7,8 @@ from conftest import relative_distance
 
 from tools.shapes import localisation
 from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized, save_quantized
-from tools.shapes.dataset import CLASSES, draw_scene, draw_view
-from tools.shapes.train import STAGES, accuracy, compute_losses, normalise
+from tools.shapes.dataset import CLASSES, draw_scene, draw_view, view_pixels
+from tools.shapes.train import STAGES, accuracy, compute_losses
 
 
 def test_scenes_depend_on_split_and_index_alone():
@@ -69,7 +69,7 @@ def test_checkpoint_classifies_95_percent_of_1000_held_out_images(eager_model):
 
 def test_localised_stages_penalise_relevance_outside_the_shape(eager_model):
     view = draw_view("train", 0)
-    pixels = normalise(torch.from_numpy(view.image.copy()).permute(2, 0, 1)[None])
+    pixels = view_pixels("train", [0])
     labels, mask = torch.tensor([view.label]), torch.from_numpy(view.mask.copy())[None, None]
     plain, localised = STAGES[0], STAGES[-1]
     assert set(compute_losses(eager_model, pixels.clone(), labels, mask, plain)) == {"classes"}

@@ -1,1 +1,7 @@
-"""What surrounds the model repository: export, the embedded server, the demo data and the benchmarks."""
+"""What surrounds the model repository. Its folders' modules are imported as Triton does it: by their own names."""
+
+import sys
+
+from tools.paths import MODEL_REPOSITORY
+
+sys.path[:0] = [str(MODEL_REPOSITORY / name / "1") for name in ("preprocess", "integrated_gradients", "heatmap")]

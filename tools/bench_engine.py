@@ -31,8 +31,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model_repository" / "integrated_gradients" / "1"))
-
 import captum.attr
 import torch
 from attribution_engine import IntegratedGradients, Job
@@ -46,8 +44,7 @@ from tqdm import tqdm
 
 from tools.export import ensure_exported, load_source
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
-from tools.shapes.dataset import draw_view
-from tools.shapes.train import normalise
+from tools.shapes.dataset import view_pixels
 
 MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
 SHAPE = (3, 224, 224)
@@ -71,9 +68,7 @@ class Contestants:
 
     def __init__(self, device: torch.device, precision: str, batch: int, max_rows: int = 0) -> None:
         self.device, self.precision = device, precision
-        views = [draw_view("test", index).image.copy() for index in range(batch)]
-        pixels = torch.stack([torch.from_numpy(view).permute(2, 0, 1) for view in views])
-        self.images = normalise(pixels).contiguous().to(device)
+        self.images = view_pixels("test", range(batch)).to(device)
         self.engine = build_engine(MODEL_FILE, device, SHAPE, max_rows, precision)
         self.eager = load_source("shapes").module.to(device)
         self.tuned_module = self.engine.network

@@ -21,12 +21,14 @@ from urllib.error import URLError
 
 import torch
 import torchvision
+from path_density import FILE_NAME
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.transforms._presets import ImageClassification
 
+from tools.mean_slopes import add_mean_slopes
 from tools.paths import MODEL_REPOSITORY
-from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized
+from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequantized
 
 # Affine functions of their input, whatever their weights.
 AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity)
@@ -73,6 +75,15 @@ class HoistableClassifier(nn.Module):
     def tail(self, features: Tensor) -> Tensor:
         """The rest of the network: what the stem returned -> logits."""
         return self.tail_layers(features)
+
+
+class PiecewiseLinearClassifier(HoistableClassifier):
+    """The same, of a network whose gradients can be means over stretches of a path, see `mean_slopes`."""
+
+    @torch.jit.export
+    def mean_slope_tail(self, features: Tensor, paired: Tensor) -> Tensor:
+        """``tail`` of consecutive points of a path; ``paired`` bool [n]: rows with means over the way to the next."""
+        return self.tail_layers(features, paired)
 
 
 class PlainClassifier(nn.Module):
@@ -150,7 +161,12 @@ def build_served(module: nn.Module) -> nn.Module:
             layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
     _pool_before_relu(folded)
     split = _split_behind_stem(folded)
-    served = PlainClassifier(folded) if split is None else HoistableClassifier(*split)
+    if split is None:
+        served = PlainClassifier(folded)
+    elif add_mean_slopes(split[1]):
+        served = PiecewiseLinearClassifier(*split)
+    else:
+        served = HoistableClassifier(*split)
     return served.eval().requires_grad_(False)
 
 
@@ -224,6 +240,15 @@ def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
         between = served.stem(0.3 * pixels + 0.7 * other)
         checks["stem (not affine)"] = difference(0.3 * served.stem(pixels) + 0.7 * served.stem(other), between)
         checks["tail(stem(pixels))"] = difference(served.tail(served.stem(pixels)), expected)
+    if hasattr(served, "mean_slope_tail"):
+        # Its mean gradient from one point to the next must account for the whole change of the output.
+        features = served.stem(torch.cat((0.6 * pixels[:1] + 0.4 * other[:1], pixels[:1])))
+        with torch.enable_grad(), torch.jit.optimized_execution(False):
+            logits = served.mean_slope_tail(features.requires_grad_(), torch.tensor([True, False]))
+            (gradients,) = torch.autograd.grad(logits[0].sum(), features)
+        checks["mean_slope_tail"] = difference(logits, served.tail(features))
+        change = (gradients[0] * (features[1] - features[0])).sum()
+        checks["mean slopes"] = ((change - (logits[1] - logits[0]).sum()).abs() / logits.abs().sum()).item()
     for name, value in checks.items():
         if not value <= TOLERANCE:
             raise ExportError(f"the exported {name} differ from the eager model by {value:.1e}; nothing was written")
@@ -251,6 +276,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
             "classes": len(source.labels),
             "model_sha256": _sha256(written),
             "hoistable": hasattr(scripted, "stem"),
+            "mean_slopes": hasattr(scripted, "mean_slope_tail"),
             "difference_from_eager": difference,
             "preprocessing": {
                 "resize": PREPROCESSING.resize_size[0],
@@ -259,7 +285,9 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
                 "std": PREPROCESSING.std,
             },
             "versions": {name: version(name) for name in ("torch", "torchvision")},
+            "exporter_sha256": _exporter_sha256(),
         }
+        _replace_calibration(source, path.parent, manifest["model_sha256"])
         # The model last: a file that is there has its labels and its manifest.
         (model_folder / "labels.txt").write_text("".join(f"{label}\n" for label in source.labels))
         (path.parent / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -268,15 +296,31 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
 
 
 def ensure_exported(repository: Path = MODEL_REPOSITORY) -> None:
-    """Export the demo network where no model is there, or an older checkpoint's."""
+    """Export the demo network where no model is there, or one of an older checkpoint or exporter."""
     folder = repository / "classifier" / "1"
     if (folder / "model.pt").is_file() and (folder / "manifest.json").is_file():
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["weights"] != "shapes" or manifest["weights_sha256"] == _sha256(DEMO_CHECKPOINT):
+        current = (_sha256(DEMO_CHECKPOINT), _exporter_sha256())
+        if manifest["weights"] != "shapes" or (manifest["weights_sha256"], manifest.get("exporter_sha256")) == current:
             return
     elif (folder / "model.pt").is_file():
         return  # somebody's own
     export(load_source("shapes"), repository)
+
+
+def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> None:
+    """Put the demo network's calibration beside it; nobody else's stays beside a network that it was not made for."""
+    file = folder / FILE_NAME
+    file.unlink(missing_ok=True)
+    calibration = json.loads(DEMO_CALIBRATION.read_text())
+    if calibration["weights_sha256"] == source.sha256:
+        file.write_text(json.dumps({**calibration, "model_sha256": model_sha256}, indent=1) + "\n")
+
+
+def _exporter_sha256() -> str:
+    """Of the code that decides what is written."""
+    files = [Path(__file__), Path(__file__).with_name("mean_slopes.py"), DEMO_CALIBRATION]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _sha256(path: Path) -> str:

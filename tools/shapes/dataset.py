@@ -7,6 +7,7 @@ same sets. Lengths are relative to the side, so training may use small sides fir
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ CLASSES = (
     "semicircle",
 )
 SPLITS = {"train": 0, "validation": 1, "test": 2, "demo": 3, "calibration": 4}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _SUPERSAMPLING = 2
 
 
@@ -67,6 +70,19 @@ def draw_view(split: str, index: int, size: int = 224) -> Scene:
     margin = (len(scene.mask) - size) // 2
     centre = slice(margin, margin + size)
     return Scene(scene.image[centre, centre], scene.label, scene.mask[centre, centre])
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 3, h, w] to the network's input, float32 channels_last."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def view_pixels(split: str, indices: Iterable[int]) -> torch.Tensor:
+    """Views of a split as the network's input, float32 [n, 3, 224, 224]."""
+    views = [torch.from_numpy(draw_view(split, index).image.copy()).permute(2, 0, 1) for index in indices]
+    return normalise(torch.stack(views)).contiguous()
 
 
 class ShapesDataset(torch.utils.data.Dataset):

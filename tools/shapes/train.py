@@ -22,10 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized, save_quantized
-from tools.shapes.dataset import CLASSES, ShapesDataset
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from tools.shapes.dataset import CLASSES, ShapesDataset, normalise
 
 
 class Stage(NamedTuple):
@@ -50,13 +47,6 @@ PEAK_LEARNING_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
 # How far around a shape its edge may count as inside, as a share of the side.
 EDGE = 6 / 224
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [n, 3, h, w] to the network's input, float32 channels_last."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def train(seed: int, device: torch.device, workers: int, scale: float = 1.0) -> torch.nn.Module:

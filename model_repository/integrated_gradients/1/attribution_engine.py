@@ -19,7 +19,8 @@ import torch
 from captum.attr._utils.common import _format_input_baseline, _validate_input
 from captum.log import log_usage
 from classifier_network import CapturedPasses, EagerPasses, Network, Rows, UnsupportedOutputError
-from path_quadrature import place_points
+from path_density import PathDensity
+from path_quadrature import place_points, quadrature
 from path_rules import FixedRule, RefinedRule
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class Job:
     with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
 
     With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
-    within it, or ``n_steps``, then at least 3, are spent; ``method`` is not used.
+    within it, or ``n_steps``, then at least 3, are spent; ``method`` is not used. ``method`` is one of Captum's, or
+    ``calibrated``: nodes from the engine's density and, where the network has them, mean gradients between them.
 
     With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
     image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
@@ -83,14 +85,9 @@ class _Start:
 class _Path:
     """One path under way: its end points in feature space, and the rule that walks it."""
 
-    def __init__(self, job: Job, image: Tensor) -> None:
-        self.job, self.image = job, image
-        self.rule: FixedRule | RefinedRule
-        if job.tolerance is None:
-            self.rule = FixedRule(job.method, job.n_steps, image.device)
-        else:
-            self.rule = RefinedRule(job.tolerance, job.n_steps, image.device)
-        self.next_row = 0
+    def __init__(self, job: Job, image: Tensor, rule: FixedRule | RefinedRule) -> None:
+        self.job, self.image, self.rule = job, image, rule
+        self.next_step = 0
         self.start: _Start | None = None
         self.displacement: Tensor | None = None
         self.attributions: Tensor | None = None
@@ -98,39 +95,28 @@ class _Path:
 
     @property
     def rows_left(self) -> int:
-        """Rows of the present stage."""
-        return len(self.rule.nodes) - self.next_row
+        """Rows that the present stage still takes, if one chunk takes them all."""
+        nodes = len(self.rule.nodes) - self.next_step
+        return nodes if nodes > self.rule.overlap else 0
 
-    def fill(self, rows: slice, into: Rows) -> None:
-        """Write the inputs of some of the path's rows."""
+    def fill(self, into: Rows) -> None:
+        """Write the inputs of the path's next rows, as many as there is room for."""
         job = self.job
-        place_points(self.start.features, self.displacement, self.rule.nodes[rows], into.features)
+        nodes = self.rule.nodes[self.next_step : self.next_step + len(into.signs)]
+        place_points(self.start.features, self.displacement, nodes, into.features)
         into.classes[:, 0] = job.target
         into.classes[:, 1] = job.target if job.contrast is None else job.contrast
         into.signs[:, 0] = 1.0
         into.signs[:, 1] = 0.0 if job.contrast is None else -1.0
         into.on_probability[:] = job.probability
+        into.paired[:] = bool(self.rule.overlap)
+        into.paired[-1] = False
 
-    def add(self, rows: slice, gradients: Tensor) -> None:
+    def add(self, gradients: Tensor) -> None:
         """Take the gradients of those rows."""
-        self.rule.add(rows, gradients)
-        self.next_row = rows.stop
-
-
-def _first_rows(job: Job) -> int:
-    """Rows that a job asks for before anything is known of it."""
-    return job.nt_samples * (job.n_steps if job.tolerance is None else RefinedRule.first_rows(job.n_steps))
-
-
-def _paths(jobs: Iterable[Job]) -> Iterator[_Path]:
-    for job in jobs:
-        generator = torch.Generator().manual_seed(job.seed)
-        for _ in range(job.nt_samples):
-            image = job.image
-            if job.stdevs:
-                noise = torch.randn(image.shape, generator=generator).to(image)
-                image = image + job.stdevs * noise
-            yield _Path(job, image)
+        steps = slice(self.next_step, self.next_step + len(gradients) - self.rule.overlap)
+        self.rule.add(steps, gradients[: steps.stop - steps.start])
+        self.next_step = steps.stop
 
 
 class IntegratedGradients(captum.attr.IntegratedGradients):
@@ -141,6 +127,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         multiply_by_inputs: see Captum.
         max_rows: rows of one forward and backward pass; bounds memory.
         capture: replay the passes as CUDA graphs; needs a network on a CUDA device.
+        density: where paths of this network need their nodes; needed for the method ``calibrated``.
     """
 
     def __init__(
@@ -149,6 +136,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         multiply_by_inputs: bool = True,
         max_rows: int = 8,
         capture: bool = False,
+        density: PathDensity | None = None,
     ) -> None:
         self.network = forward_func if isinstance(forward_func, Network) else Network(forward_func)
         # Captum's code needs a function that returns logits and nothing else; it finds hooks only on the module itself.
@@ -159,6 +147,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self.passes = (CapturedPasses if capture else EagerPasses)(self.network, max_rows)
         self._kept_starts: dict[Hashable, _Start] = {}
         self._lock = threading.Lock()  # the passes share buffers
+        self.density = density
 
     @log_usage()  # NoiseTunnel calls what this decorator wraps
     def attribute(
@@ -245,16 +234,48 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             One explanation a job, in order; None for a job that was cancelled on the way.
         """
         limit = min(max_rows or self.max_rows, self.max_rows)
+        if limit < 2 and self.network.has_mean_slopes and any(job.method == "calibrated" for job in jobs):
+            raise ValueError("mean gradients between two points take at least two rows a pass")
         parts: dict[int, list[Explanation]] = {}
         with self._lock:
             for path in self._integrate(jobs, limit):
                 parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
         return [_mean(job, parts.get(id(job), [])) for job in jobs]
 
+    def _first_rows(self, job: Job) -> int:
+        """Rows that a job asks for before anything is known of it."""
+        if job.tolerance is not None:
+            rows = RefinedRule.first_rows(job.n_steps)
+        else:
+            rows = job.n_steps + (job.method == "calibrated" and self.network.has_mean_slopes)
+        return job.nt_samples * rows
+
+    def _rule(self, job: Job) -> FixedRule | RefinedRule:
+        device = job.image.device
+        if job.tolerance is not None:
+            return RefinedRule(job.tolerance, job.n_steps, device)
+        if job.method != "calibrated":
+            return FixedRule(*torch.stack(quadrature(job.method, job.n_steps)).to(device))
+        if self.density is None:
+            raise ValueError("the method 'calibrated' needs a density")
+        edges = self.density.edges("probability" if job.probability else "logit", job.n_steps)
+        nodes = edges if self.network.has_mean_slopes else (edges[1:] + edges[:-1]) / 2
+        return FixedRule(nodes.to(device), edges.diff().to(device))
+
+    def _paths(self, jobs: Iterable[Job]) -> Iterator[_Path]:
+        for job in jobs:
+            generator = torch.Generator().manual_seed(job.seed)
+            for _ in range(job.nt_samples):
+                image = job.image
+                if job.stdevs:
+                    noise = torch.randn(image.shape, generator=generator).to(image)
+                    image = image + job.stdevs * noise
+                yield _Path(job, image, self._rule(job))
+
     def _integrate(self, jobs: Sequence[Job], limit: int) -> Iterator[_Path]:
         """Take the gradients of all rows; yields each path when its last row is done."""
-        unstarted = _paths(jobs)
-        rows_waiting = sum(map(_first_rows, jobs))
+        unstarted = self._paths(jobs)
+        rows_waiting = sum(map(self._first_rows, jobs))
         under_way: list[_Path] = []
         while True:
             # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
@@ -271,34 +292,33 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                 # 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
                 rows_left = rows_waiting + sum(path.rows_left for path in under_way)
                 room = math.ceil(rows_left / math.ceil(rows_left / limit))
-            segments: list[tuple[_Path, slice]] = []
+            chunk: list[tuple[_Path, slice]] = []
+            count = 0
             for path in under_way:
-                if room == 0 or path.image.shape != under_way[0].image.shape:
+                rows = min(room - count, path.rows_left)
+                if rows <= path.rule.overlap or path.image.shape != under_way[0].image.shape:
                     break
-                rows = min(room, path.rows_left)
-                segments.append((path, slice(path.next_row, path.next_row + rows)))
-                room -= rows
-            self._run_chunk(segments)
-            for path, _ in segments:
+                chunk.append((path, slice(count, count + rows)))
+                count += rows
+            self._run_chunk(chunk)
+            for path, _ in chunk:
                 if path.rows_left == 0:
                     if path.rule.refine(lambda total, difference, path=path: self._judge(path, total, difference)):
-                        path.next_row = 0
+                        path.next_step = 0
                     else:
                         under_way.remove(path)
                         yield path
 
-    def _run_chunk(self, segments: list[tuple[_Path, slice]]) -> None:
-        self._enter([path for path, _ in segments if path.start is None])
-        path = segments[0][0]
-        buffers = self.passes.buffers(path.start.features, path.image.dtype)
-        places, count = [], 0
-        for path, rows in segments:
-            places.append(slice(count, count + rows.stop - rows.start))
-            count = places[-1].stop
-            path.fill(rows, buffers[places[-1]])
-        gradients = self.passes.gradients(buffers, count)
-        for (path, rows), place in zip(segments, places):
-            path.add(rows, gradients[place])
+    def _run_chunk(self, chunk: list[tuple[_Path, slice]]) -> None:
+        """Take the gradients of some paths' next rows; the slices are their places among the rows of the pass."""
+        self._enter([path for path, _ in chunk if path.start is None])
+        first, last = chunk[0][0], chunk[-1][1]
+        buffers = self.passes.buffers(first.start.features, first.image.dtype)
+        for path, rows in chunk:
+            path.fill(buffers[rows])
+        gradients = self.passes.gradients(buffers, last.stop, any(path.rule.overlap for path, _ in chunk))
+        for path, rows in chunk:
+            path.add(gradients[rows])
 
     def _enter(self, paths: list[_Path]) -> None:
         """Place the ends of new paths in feature space, in one pass through the stem."""

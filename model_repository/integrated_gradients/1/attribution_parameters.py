@@ -39,9 +39,9 @@ class AttributionParameters(BaseModel):
     n_steps: _Integer = Field(
         50, ge=1, description="an integer from 1 (2 with a riemann method, 3 with tolerance) to {max_n_steps}"
     )
-    method: Literal["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"] = Field(
-        "gausslegendre", description="one of {choices}"
-    )
+    method: Literal[
+        "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
+    ] = Field("gausslegendre", description="one of {choices}")
     baseline: Literal["zero", "black", "gray", "white", "blur", "noise"] = Field("zero", description="one of {choices}")
     output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
     contrast: _Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")

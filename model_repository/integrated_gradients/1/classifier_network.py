@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from path_quadrature import quadrature
 from torch import Tensor
 
 # float16 underflows below 6e-8, and gradients with respect to early features get that small.
 FLOAT16_GRADIENT_SCALE = 64.0
+# Places and weights on [0, 1] for means of the softmax's gradient: a probability's change comes out to 2e-6 where a
+# logit moves by 20 from one row to the next.
+SOFTMAX_QUADRATURE = tuple(values.tolist() for values in quadrature("gausslegendre", 16))
 # What PyTorch's notes on CUDA graphs ask for before a capture, on a stream of its own.
 CAPTURE_WARMUPS = 3
 # Besides eighths of the largest: the default number of steps.
@@ -24,13 +28,15 @@ class Rows:
 
     ``features`` [rows, ...]; ``classes`` int64 [rows, 2], the two classes whose combination each row explains;
     ``signs`` [rows, 2], their factors in it; ``on_probability`` bool [rows, 1], whether it combines probabilities
-    instead of logits.
+    instead of logits; ``paired`` bool [rows], whether the row and the next one are consecutive points of a path
+    and its gradient is wanted as the mean over the way between them.
     """
 
     features: Tensor
     classes: Tensor
     signs: Tensor
     on_probability: Tensor
+    paired: Tensor
 
     @classmethod
     def like(cls, features: Tensor, dtype: torch.dtype, count: int) -> Rows:
@@ -45,11 +51,12 @@ class Rows:
             torch.zeros(count, 2, dtype=torch.int64, **place),
             torch.zeros(count, 2, dtype=dtype, **place),
             torch.zeros(count, 1, dtype=torch.bool, **place),
+            torch.zeros(count, dtype=torch.bool, **place),
         )
 
     def __getitem__(self, rows: slice) -> Rows:
         """Views of some rows."""
-        return Rows(self.features[rows], self.classes[rows], self.signs[rows], self.on_probability[rows])
+        return Rows(*(getattr(self, each.name)[rows] for each in fields(self)))
 
 
 class Network:
@@ -57,8 +64,8 @@ class Network:
 
     Args:
         module: returns logits [n, classes], or a tuple that begins with them, and may have the methods ``stem`` and
-            ``tail``, and the submodule ``stem_layers`` that ``stem`` calls, as `tools/export` writes them into
-            TorchScript files.
+            ``tail``, the submodule ``stem_layers`` that ``stem`` calls, and the method ``mean_slope_tail``, as
+            `tools/export` writes them into TorchScript files.
         precision: dtype of the tail's passes over rows; ``torch.float16`` (CUDA only) keeps the stem and the sums in
             float32. None: the module's own.
         float64_stem: evaluate a stem whose layers are known in float64.
@@ -70,6 +77,7 @@ class Network:
         self.module = module
         self.precision = precision
         self.hoists = hasattr(module, "stem") and hasattr(module, "tail")
+        self.has_mean_slopes = self.hoists and hasattr(module, "mean_slope_tail")
         self._row_module = module if precision is None else copy.deepcopy(module).to(precision)
         # A hoisted stem is evaluated so rarely that float64 costs nothing there. Most of a network's activations come
         # right after it, and rounding that flips one of them is most of what separates float32 from float64.
@@ -96,8 +104,12 @@ class Network:
             (pulled_back,) = torch.autograd.grad(self.module.stem(images), images, gradients)
         return pulled_back
 
-    def row_gradients(self, rows: Rows) -> Tensor:
+    def row_gradients(self, rows: Rows, any_paired: bool = False) -> Tensor:
         """Gradients of each row's objective with respect to its features, shaped like those.
+
+        Args:
+            rows: see there.
+            any_paired: whether any of them is paired, which takes a network that ``has_mean_slopes``.
 
         Raises:
             UnsupportedOutputError: the network does not return [rows, classes].
@@ -105,18 +117,39 @@ class Network:
         features = rows.features.detach().to(self.precision or rows.features.dtype).requires_grad_()
         # TorchScript's optimiser, left on, differentiates parts of the network by itself, in more passes over memory.
         with torch.enable_grad(), torch.jit.optimized_execution(False):
-            logits = _logits(self._row_module.tail(features) if self.hoists else self._row_module(features))
+            if any_paired:
+                logits = self._row_module.mean_slope_tail(features, rows.paired)
+            else:
+                logits = _logits(self._row_module.tail(features) if self.hoists else self._row_module(features))
         if logits.dim() != 2:
             raise UnsupportedOutputError
-        probabilities = logits.detach().to(rows.signs.dtype).softmax(dim=1)
-        direction = torch.zeros_like(probabilities).scatter_add_(1, rows.classes, rows.signs)
-        through_softmax = probabilities * (direction - (probabilities * direction).sum(dim=1, keepdim=True))
+        scores = logits.detach().to(rows.signs.dtype)
+        direction = torch.zeros_like(scores).scatter_add_(1, rows.classes, rows.signs)
+        through_softmax = _softmax_gradient(scores, direction)
+        if any_paired:
+            mean = _mean_softmax_gradient(scores, direction)
+            through_softmax = torch.where(rows.paired[:, None], mean, through_softmax)
         objective = torch.where(rows.on_probability, through_softmax, direction)
         if self.precision != torch.float16:
             (gradients,) = torch.autograd.grad(logits, features, objective.to(logits.dtype))
             return gradients
         (gradients,) = torch.autograd.grad(logits, features, (FLOAT16_GRADIENT_SCALE * objective).to(logits.dtype))
         return gradients.float() / FLOAT16_GRADIENT_SCALE
+
+
+def _softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
+    """Gradients of ``softmax(logits) . direction`` with respect to logits, all [rows, classes]."""
+    probabilities = logits.softmax(dim=1)
+    return probabilities * (direction - (probabilities * direction).sum(dim=1, keepdim=True))
+
+
+def _mean_softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
+    """The same as means over the straight way of the logits to the next row's; the last row has none."""
+    ways = torch.cat((logits[1:], logits[-1:])) - logits
+    total = torch.zeros_like(logits)
+    for place, weight in zip(*SOFTMAX_QUADRATURE):
+        total += weight * _softmax_gradient(logits + place * ways, direction)
+    return total
 
 
 class UnsupportedOutputError(Exception):
@@ -142,9 +175,9 @@ class EagerPasses:
             self._buffers[key] = Rows.like(features, dtype, self._max_rows)
         return self._buffers[key]
 
-    def gradients(self, rows: Rows, count: int) -> Tensor:
+    def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:
         """``Network.row_gradients`` of the first rows of a buffer, valid until the next call."""
-        return self._network.row_gradients(rows[:count])
+        return self._network.row_gradients(rows[:count], any_paired)
 
     def _drop(self) -> None:
         """One buffer at a time: images of another shape replace it."""
@@ -162,28 +195,29 @@ class CapturedPasses(EagerPasses):
         super().__init__(network, max_rows)
         eighths = {max(1, max_rows * part // 8) for part in range(1, 9)}
         self._counts = sorted(eighths | {count for count in USUAL_ROW_COUNTS if count < max_rows})
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
 
-    def gradients(self, rows: Rows, count: int) -> Tensor:
+    def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:
         padded = next(each for each in self._counts if each >= count)
-        if padded not in self._graphs:
-            self._graphs[padded] = self._capture(rows[:padded])
+        if (padded, any_paired) not in self._graphs:
+            self._graphs[padded, any_paired] = self._capture(rows[:padded], any_paired)
         rows.signs[count:padded].zero_()
-        graph, gradients = self._graphs[padded]
+        rows.paired[count:padded].zero_()
+        graph, gradients = self._graphs[padded, any_paired]
         graph.replay()
         return gradients[:count]
 
-    def _capture(self, rows: Rows) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, rows: Rows, any_paired: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(CAPTURE_WARMUPS):
-                self._network.row_gradients(rows)
+                self._network.row_gradients(rows, any_paired)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            gradients = self._network.row_gradients(rows)
+            gradients = self._network.row_gradients(rows, any_paired)
         self._pool = graph.pool()
         return graph, gradients
 

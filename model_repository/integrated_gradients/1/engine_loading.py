@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from attribution_engine import IntegratedGradients
 from classifier_network import Network, Rows
+from path_density import PathDensity
 
 PRECISIONS = ("tf32", "float16", "ieee")
 # Rows a chunk on a CPU: see the table in README.md beside this folder.
@@ -18,7 +19,12 @@ GPU_MEMORY_SHARE = 0.25
 
 
 def build_engine(
-    file: Path, device: torch.device, image_shape: Sequence[int], max_rows: int = 0, precision: str = "tf32"
+    file: Path,
+    device: torch.device,
+    image_shape: Sequence[int],
+    max_rows: int = 0,
+    precision: str = "tf32",
+    density: PathDensity | None = None,
 ) -> IntegratedGradients:
     """Load a classifier and make the engine that explains it.
 
@@ -26,12 +32,15 @@ def build_engine(
         file: TorchScript, see ``Network``.
         device: where to compute.
         image_shape: [channels, height, width], to try the memory that a row takes.
-        max_rows: rows of one pass; 0 chooses by the device.
+        max_rows: rows of one pass, at least 2; 0 chooses by the device.
         precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU computes in float32 always.
+        density: where paths of this network need their nodes.
 
     Raises:
-        ValueError: no such precision.
+        ValueError: no such precision, or a single row.
     """
+    if max_rows == 1:
+        raise ValueError("max_rows must be 0 or at least 2: a mean gradient between two points takes both")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     module = torch.jit.load(str(file), map_location=device).eval()
@@ -39,11 +48,12 @@ def build_engine(
         weight.requires_grad_(False)
     module = module.to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        return IntegratedGradients(module, max_rows=max_rows or CPU_MAX_ROWS)
+        return IntegratedGradients(module, max_rows=max_rows or CPU_MAX_ROWS, density=density)
     allow_tf32(precision)
     torch.backends.cudnn.benchmark = True
     network = Network(module, torch.float16 if precision == "float16" else None, float64_stem=precision == "ieee")
-    return IntegratedGradients(network, max_rows=max_rows or _rows_that_fit(network, device, image_shape), capture=True)
+    rows = max_rows or _rows_that_fit(network, device, image_shape)
+    return IntegratedGradients(network, max_rows=rows, capture=True, density=density)
 
 
 def allow_tf32(precision: str) -> None:
@@ -61,4 +71,4 @@ def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence
     network.row_gradients(row)
     row_bytes = max(1, torch.cuda.max_memory_allocated(device) - before)
     fitting = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] / row_bytes)
-    return 1 << max(0, min(fitting, GPU_MAX_ROWS).bit_length() - 1)
+    return 1 << max(1, min(fitting, GPU_MAX_ROWS).bit_length() - 1)

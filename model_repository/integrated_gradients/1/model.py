@@ -16,6 +16,7 @@ from attribution_engine import Explanation, Job
 from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
 from engine_loading import build_engine
 from path_baselines import Baselines
+from path_density import FILE_NAME, CalibrationError, PathDensity
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ class TritonPythonModel:
             if threads := int(settings["cpu_threads"]):
                 torch.set_num_threads(threads)
         shape = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "PIXELS")
-        self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"])
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        density, self.uncalibrated = None, ""
+        try:
+            density = PathDensity.load(file.with_name(FILE_NAME), checksum)
+        except CalibrationError as error:
+            self.uncalibrated = str(error)
+        self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"], density)
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
-            f"on {self.device}, {self.engine.max_rows} rows a chunk"
+            f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
         )
 
     def execute(self, requests):
@@ -88,6 +94,8 @@ class TritonPythonModel:
             parameters = parse_parameters(sent, self.limits, self.foreign_parameters)
         except ParameterError as error:
             return _refuse(str(error))
+        if parameters.method == "calibrated" and self.uncalibrated:
+            return _refuse(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
         predicted = logits.argmax(dim=1).tolist()
         targets = [best if index == -1 else index for index, best in zip(wanted, predicted)]
         if parameters.contrast is not None:

@@ -1,6 +1,8 @@
 """Which points of a path get a gradient, and how their gradients add up: a fixed rule, or one that refines itself.
 
-Both are walked stage by stage: take the gradients at ``nodes`` and ``add`` them, then ask ``refine`` for another stage.
+Both are walked stage by stage: take the gradients of all steps and ``add`` them, then ask ``refine`` for another stage.
+A step is the gradient at one of ``nodes``, or, of a rule whose ``overlap`` is 1 and not 0, the mean gradient from one
+to the next, so that there is a node more than steps.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from path_quadrature import quadrature, weighted_sums
+from path_quadrature import weighted_sums
 from torch import Tensor
 
 # Of a jump at a random place in an interval, |trapezoid - midpoint| is half, and the error of their mean sqrt(1/48):
@@ -22,19 +24,24 @@ Judge = Callable[[Tensor, Tensor], tuple[float, float]]
 
 
 class FixedRule:
-    """One of Captum's methods with a given number of steps."""
+    """Nodes and weights that are known from the start.
+
+    Args:
+        nodes: [n], on the device where they are wanted.
+        weights: [n]; or [n - 1], each for the mean gradient between two consecutive nodes.
+    """
 
     error_estimate = math.nan
 
-    def __init__(self, method: str, n_steps: int, device: torch.device) -> None:
-        nodes, weights = quadrature(method, n_steps)
-        self.nodes, self._weights = torch.stack((nodes, weights)).to(device)
-        self.n_steps = n_steps
+    def __init__(self, nodes: Tensor, weights: Tensor) -> None:
+        self.nodes, self._weights = nodes, weights
+        self.overlap = len(nodes) - len(weights)
+        self.n_steps = len(weights)
         self.gradient: Tensor | None = None
 
-    def add(self, rows: slice, gradients: Tensor) -> None:
-        """Take the gradients [n, ...] at ``nodes[rows]``."""
-        total = weighted_sums(self._weights[None, rows], gradients)
+    def add(self, steps: slice, gradients: Tensor) -> None:
+        """Take the gradients [n, ...] of some steps: at ``nodes[steps]``, or from there to the next nodes."""
+        total = weighted_sums(self._weights[None, steps], gradients)
         self.gradient = total if self.gradient is None else self.gradient.add_(total)
 
     def refine(self, judge: Judge) -> bool:
@@ -73,6 +80,8 @@ class RefinedRule:
         device: where nodes are wanted.
     """
 
+    overlap = 0
+
     def __init__(self, tolerance: float, n_steps: int, device: torch.device) -> None:
         self._tolerance, self._most_steps, self._device = tolerance, n_steps, device
         self.error_estimate = math.inf
@@ -103,9 +112,9 @@ class RefinedRule:
         self.nodes, self._weights = nodes.to(self._device), weights
         self._sums: list[Tensor | None] = [None] * len(weights)
 
-    def add(self, rows: slice, gradients: Tensor) -> None:
-        """Take the gradients [n, ...] at ``nodes[rows]``."""
-        weights = self._weights[:, rows]
+    def add(self, steps: slice, gradients: Tensor) -> None:
+        """Take the gradients [n, ...] at ``nodes[steps]``."""
+        weights = self._weights[:, steps]
         used = weights.any(dim=1).nonzero()[:, 0].tolist()
         for index, own in zip(used, weighted_sums(weights[used].to(self._device), gradients).split(1)):
             total = self._sums[index]

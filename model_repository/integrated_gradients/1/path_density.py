@@ -1,0 +1,69 @@
+"""Where the paths of one network need their nodes: found by `tools/calibrate`, kept in a file beside the network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FILE_NAME = "path_density.json"
+# Of the mean density: no part of a path goes without nodes because calibration images were quiet there.
+LEAST_DENSITY = 0.1
+
+
+class CalibrationError(Exception):
+    """There is no calibration of this network; the message says what there is instead."""
+
+
+@dataclass(frozen=True)
+class PathDensity:
+    """How much the gradients change along a path, on average over images.
+
+    ``gradient_change``: for each explained output (``logit``, ``probability``), the mean change of the attribution's
+    integrand over equal intervals of [0, 1], relative to the attribution, float64 [intervals].
+    """
+
+    gradient_change: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, file: Path, model_sha256: str) -> PathDensity:
+        """Read what `tools/calibrate` wrote for the network whose file has that checksum.
+
+        Raises:
+            CalibrationError: there is no such file, it cannot be read, or it is another network's.
+        """
+        hint = "python -m tools.calibrate writes it"
+        try:
+            content = json.loads(file.read_text())
+            found = content["model_sha256"]
+            changes = {name: torch.tensor(values).double() for name, values in content["gradient_change"].items()}
+        except FileNotFoundError:
+            raise CalibrationError(f"this network has no {file.name}; {hint}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CalibrationError(f"{file.name} cannot be read ({error!r:.100}); {hint}") from None
+        if found != model_sha256:
+            raise CalibrationError(
+                f"{file.name} belongs to another network (sha256 {found!s:.12}..., not {model_sha256:.12}...); {hint}"
+            )
+        for name in ("logit", "probability"):
+            values = changes.get(name)
+            if values is None or values.dim() != 1 or not len(values) or not (values.isfinite() & (values >= 0)).all():
+                raise CalibrationError(f"{file.name} has no valid gradient_change of {name!r}; {hint}")
+        return cls(changes)
+
+    def edges(self, output: str, n_steps: int) -> Tensor:
+        """``n_steps`` + 1 places from 0 to 1, float64, with as much density between any two.
+
+        The density is the square root of the gradients' change.
+        """
+        density = self.gradient_change[output].sqrt()
+        density = density.clamp_min(LEAST_DENSITY * density.mean()) if density.any() else torch.ones_like(density)
+        reached = torch.cat((torch.zeros(1).double(), density.cumsum(dim=0)))
+        wanted = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)[1:-1] * reached[-1]
+        interval = torch.searchsorted(reached, wanted, right=True) - 1
+        inside = (interval + (wanted - reached[interval]) / density[interval]) / len(density)
+        return torch.cat((torch.zeros(1).double(), inside, torch.ones(1).double()))

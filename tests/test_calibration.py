@@ -1,0 +1,195 @@
+"""Nodes placed by a network's calibration, and mean gradients between them."""
+
+import itertools
+import json
+import math
+
+import captum.attr
+import pytest
+import torch
+from attribution_engine import IntegratedGradients, Job
+from conftest import relative_distance, scene_pixels, untrained
+from path_density import CalibrationError, PathDensity
+
+from tools.calibrate import gradient_change, load_folder
+from tools.export import build_served
+from tools.integrals import integrate
+from tools.shapes.checkpoint import DEMO_CALIBRATION
+
+
+def flat_density():
+    return PathDensity({name: torch.ones(4).double() for name in ("logit", "probability")})
+
+
+@pytest.fixture(scope="module")
+def demo_density():
+    return PathDensity.load(DEMO_CALIBRATION, json.loads(DEMO_CALIBRATION.read_text())["model_sha256"])
+
+
+@pytest.fixture(scope="module")
+def engine(served_module, demo_density):
+    return IntegratedGradients(served_module, density=demo_density)
+
+
+def job(engine, index, n_steps, **options):
+    image = scene_pixels(index)
+    with torch.no_grad():
+        target = int(engine.network(image[None]).argmax())
+    return Job(image, torch.zeros_like(image), target, n_steps, "calibrated", **options)
+
+
+def test_edges_have_equal_density_between_them():
+    change = torch.tensor([1.0, 4.0, 0.0, 16.0]).double()  # its square roots add up to 7, quiet places apart
+    edges = PathDensity({"logit": change}).edges("logit", 7)
+    quiet = 0.1 * 7 / 4
+    densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
+    fine = torch.linspace(0, 1, 400_001).double()
+    shares = [
+        densities[(4 * fine[(fine >= left) & (fine < right)]).long().clamp_max(3)].sum().item()
+        for left, right in itertools.pairwise(edges.tolist())
+    ]
+    assert shares == pytest.approx([sum(shares) / 7] * 7, rel=1e-3)
+    assert edges[0] == 0
+    assert edges[-1] == 1
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 50, 1000])
+def test_edges_rise_from_0_to_1_for_any_number_of_steps(demo_density, n_steps):
+    edges = demo_density.edges("probability", n_steps)
+    assert len(edges) == n_steps + 1
+    assert (edges.diff() > 0).all()
+    assert PathDensity({"logit": torch.zeros(5)}).edges("logit", 2).tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(engine, output):
+    errors = []
+    for index in (0, 1):
+        one = job(engine, index, 20, probability=output == "probability")
+        captums = Job(one.image, one.baseline, one.target, 50, probability=one.probability)
+        integral = integrate(engine, one.image, one.target, 512)[output]
+        found = engine.explain([one, captums])
+        errors.append([relative_distance(each.attributions, integral) for each in found])
+        assert found[0].n_steps == 20
+        assert math.isnan(found[0].error_estimate)
+    calibrated, captum_50 = torch.tensor(errors).mean(dim=0)
+    assert calibrated < captum_50 < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"probability": True}, {"contrast": 0}], ids=str)
+def test_mean_gradients_account_for_the_whole_change_of_the_output(engine, options):
+    for n_steps in (1, 4, 30):
+        (found,) = engine.explain([job(engine, 3, n_steps, **options)])
+        assert abs(found.convergence_delta) <= 1e-4
+
+
+def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
+    large, small = (IntegratedGradients(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
+    jobs = [job(large, 0, 7), job(large, 1, 5, probability=True), job(large, 2, 1)]
+    point_jobs = [Job(one.image, one.baseline, one.target, n) for one, n in zip(jobs, (3, 8, 2))]
+    mixed = [each for pair in zip(jobs, point_jobs) for each in pair]
+    alone = [large.explain([each])[0] for each in mixed]
+    for engine in (large, small):
+        for one, other in zip(engine.explain(mixed), alone):
+            assert relative_distance(one.attributions, other.attributions) <= 1e-5
+            assert one.n_steps == other.n_steps
+
+
+def test_a_mean_gradient_needs_two_rows_a_pass(served_module, demo_density):
+    with pytest.raises(ValueError, match="at least two rows"):
+        IntegratedGradients(served_module, max_rows=1, density=demo_density).explain([job_of_one(served_module)])
+
+
+def job_of_one(module):
+    return job(IntegratedGradients(module), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has_mean_slopes"),
+    [("mobilenet_v2", True), ("squeezenet1_1", True), ("mobilenet_v3_small", False)],
+)
+def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mean_slopes):
+    module = torch.jit.script(build_served(untrained(architecture, 5)))
+    assert hasattr(module, "mean_slope_tail") == has_mean_slopes
+    engine = IntegratedGradients(module.double(), density=flat_density())
+    image = scene_pixels(0).double()
+    one = Job(image, torch.zeros_like(image), 2, 6, "calibrated")
+    (found,) = engine.explain([one])
+    if has_mean_slopes:
+        assert found.convergence_delta.item() == pytest.approx(0, abs=1e-9)
+    else:
+        # Six even cells are then known by their middles.
+        expected = captum.attr.IntegratedGradients(engine.network).attribute(
+            image[None], target=2, n_steps=6, method="riemann_middle"
+        )
+        assert relative_distance(found.attributions, expected[0].detach()) <= 1e-6
+
+
+def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
+    """One cell against 4,000 points, in a network whose activations move on straight lines."""
+    from tools.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool
+
+    torch.manual_seed(0)
+    start, end = 8 * torch.randn(2, 1, 3, 9, 9).double()
+    for layer in (
+        MeanSlopeActivation(torch.nn.ReLU()),
+        MeanSlopeActivation(torch.nn.ReLU6()),
+        MeanSlopeMaxPool(torch.nn.MaxPool2d(2, 2)),
+    ):
+        ends = torch.cat((start, end)).requires_grad_()
+        values = layer(ends, torch.tensor([True, False]))
+        torch.testing.assert_close(values, layer(ends, None))
+        (mean,) = torch.autograd.grad(values[0].sum(), ends)
+        places = (torch.arange(4000).double().view(-1, 1, 1, 1) + 0.5) / 4000
+        points = torch.lerp(start, end, places).requires_grad_()
+        (at_points,) = torch.autograd.grad(layer(points, None).sum(), points)
+        if not isinstance(layer, MeanSlopeMaxPool):  # of three that lead in turn, pooling knows the first and the last
+            torch.testing.assert_close(mean[0], at_points.mean(dim=0), rtol=0, atol=1e-3)
+        change = (mean[0] * (end - start)[0]).sum()
+        torch.testing.assert_close(change, layer(end, None).sum() - layer(start, None).sum())
+        # The last row is a point like any other.
+        (plain,) = torch.autograd.grad(layer(ends, None)[1].sum(), ends)
+        (last,) = torch.autograd.grad(layer(ends, torch.tensor([True, False]))[1].sum(), ends)
+        torch.testing.assert_close(last, plain)
+
+
+def test_calibration_measures_how_the_integrand_changes(engine):
+    change = gradient_change(engine, scene_pixels(0), intervals=8)
+    for name in ("logit", "probability"):
+        assert change[name].shape == (8,)
+        assert (change[name] > 0).all()
+    assert not torch.allclose(change["logit"], change["probability"])
+
+
+def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys):
+    from conftest import encode, scene_image
+
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for index in range(3):
+        (tmp_path / f"scene{index}.png").write_bytes(encode(scene_image(index)))
+    images = list(load_folder(tmp_path, 2))
+    assert len(images) == 2
+    torch.testing.assert_close(images[0], scene_pixels(0))
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "this network has no path_density.json; python -m tools.calibrate writes it"),
+        ("{", "path_density.json cannot be read"),
+        ("[]", "path_density.json cannot be read"),
+        ('{"model_sha256": "abc", "gradient_change": {"logit": "x"}}', "cannot be read"),
+        ('{"model_sha256": "abc", "gradient_change": {}}', "belongs to another network (sha256 abc..., not 1234"),
+        ('{"model_sha256": "1234", "gradient_change": {"logit": [1, 2]}}', "no valid gradient_change of 'probability'"),
+        ('{"model_sha256": "1234", "gradient_change": {"logit": [1, NaN]}}', "no valid gradient_change of 'logit'"),
+        ('{"model_sha256": "1234", "gradient_change": {"logit": []}}', "no valid gradient_change of 'logit'"),
+    ],
+)
+def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, message):
+    file = tmp_path / "path_density.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(CalibrationError) as found:
+        PathDensity.load(file, "1234")
+    assert message in str(found.value)
