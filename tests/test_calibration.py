@@ -18,7 +18,7 @@ from tools.shapes.checkpoint import DEMO_CALIBRATION
 
 
 def flat_density():
-    return PathDensity({name: torch.ones(4).double() for name in ("logit", "probability")})
+    return PathDensity.unknown()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def job(engine, index, n_steps, **options):
 
 def test_edges_have_equal_density_between_them():
     change = torch.tensor([1.0, 4.0, 0.0, 16.0]).double()  # its square roots add up to 7, quiet places apart
-    edges = PathDensity({"logit": change}).edges("logit", 7)
+    edges = PathDensity({"logit": change}, {}).edges("logit", 7)
     quiet = 0.1 * 7 / 4
     densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
     fine = torch.linspace(0, 1, 400_001).double()
@@ -58,7 +58,7 @@ def test_edges_rise_from_0_to_1_for_any_number_of_steps(demo_density, n_steps):
     edges = demo_density.edges("probability", n_steps)
     assert len(edges) == n_steps + 1
     assert (edges.diff() > 0).all()
-    assert PathDensity({"logit": torch.zeros(5)}).edges("logit", 2).tolist() == [0, 0.5, 1]
+    assert PathDensity({"logit": torch.zeros(5)}, {}).edges("logit", 2).tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

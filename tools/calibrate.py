@@ -1,8 +1,8 @@
 """Find where a network's paths need their nodes: ``python -m tools.calibrate [--images FOLDER]``.
 
 Takes the gradients of both outputs at evenly spaced points of the paths to some images, and writes how much the
-attribution's integrand changes from point to point, on average, beside the served network, with its checksum.
-``method=calibrated`` places its nodes by it. Without a folder the images are the demo generator's calibration split,
+attribution's integrand changes from point to point, on average, beside the served network, with its checksum, and
+what error to expect. ``method=calibrated`` places its nodes by it, and ``tolerance`` plans with it. Without a folder the images are the demo generator's calibration split,
 which no network was trained and no rule is judged on.
 """
 
@@ -13,15 +13,18 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import IntegratedGradients, Job
 from engine_loading import build_engine
 from image_decoding import ImageError, load_pixels
-from path_density import FILE_NAME
+from path_density import FILE_NAME, PathDensity
+from path_rules import ERROR_ORDER
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +34,7 @@ from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
 
 INTERVALS = 64
+SCALE_STEPS = (4, 8)
 SHAPE = (3, 224, 224)
 
 
@@ -62,6 +66,19 @@ def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int =
     }
 
 
+def error_scale(engine: IntegratedGradients, image: Tensor) -> dict[str, float]:
+    """For each output, what ``PathDensity.error_scale`` says of one image; the engine has the density already."""
+    with torch.no_grad():
+        target = int(engine.network(image[None]).argmax())
+    found = {}
+    for name in EXPLAINED_OUTPUTS:
+        job = Job(image, torch.zeros_like(image), target, method="calibrated", probability=name == "probability")
+        few, many = (engine.explain([replace(job, n_steps=n)], with_delta=False)[0].attributions for n in SCALE_STEPS)
+        falls = SCALE_STEPS[0] ** -ERROR_ORDER - SCALE_STEPS[1] ** -ERROR_ORDER
+        found[name] = ((many - few).norm() / many.norm()).item() / falls
+    return found
+
+
 def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
     """Images of a folder as `preprocess` shows them to the classifier, [3, 224, 224]; others are reported and left."""
     taken = 0
@@ -90,23 +107,29 @@ def main() -> None:
     file = arguments.repository / "classifier" / "1" / "model.pt"
     engine = build_engine(file, arguments.device, SHAPE, precision="ieee")
     if arguments.images is None:
-        images = (view_pixels("calibration", [index])[0] for index in range(arguments.count))
+        images = [view_pixels("calibration", [index])[0] for index in range(arguments.count)]
         source = "the shapes generator's calibration split"
     else:
-        images, source = load_folder(arguments.images, arguments.count), arguments.images.name
-    found = [gradient_change(engine, image.to(arguments.device)) for image in tqdm(images, total=arguments.count)]
-    if not found:
+        images, source = list(load_folder(arguments.images, arguments.count)), arguments.images.name
+    if not images:
         sys.exit(f"calibrate: there is no image in {arguments.images}")
+    images = [image.to(arguments.device) for image in images]
+    found = [gradient_change(engine, image) for image in tqdm(images, desc="density")]
+    changes = {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in EXPLAINED_OUTPUTS}
+    engine.density = PathDensity(changes, PathDensity.unknown().error_scale)
+    scales = [error_scale(engine, image) for image in tqdm(images, desc="errors")]
     manifest = file.with_name("manifest.json")
     content = {
         "model_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "weights_sha256": json.loads(manifest.read_text())["weights_sha256"] if manifest.is_file() else None,
-        "images": f"{len(found)} of {source}",
+        "images": f"{len(images)} of {source}",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "torchvision")},
+        "error_scale": {
+            name: round(float(np.percentile([each[name] for each in scales], 90)), 3) for name in EXPLAINED_OUTPUTS
+        },
         "gradient_change": {
-            name: [float(f"{value:.4g}") for value in torch.stack([each[name] for each in found]).mean(dim=0)]
-            for name in EXPLAINED_OUTPUTS
+            name: [float(f"{value:.4g}") for value in values.tolist()] for name, values in changes.items()
         },
     }
     out = arguments.out or file.with_name(FILE_NAME)

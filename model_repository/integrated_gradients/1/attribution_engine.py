@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import captum.attr
@@ -19,13 +21,18 @@ import torch
 from captum.attr._utils.common import _format_input_baseline, _validate_input
 from captum.log import log_usage
 from classifier_network import CapturedPasses, EagerPasses, Network, Rows, UnsupportedOutputError
+from pass_clock import PassClock
 from path_density import PathDensity
 from path_quadrature import place_points, quadrature
-from path_rules import FixedRule, RefinedRule
+from path_rules import FixedRule, LadderRule, RefinedRule
 from torch import Tensor
 
 # Of the sum of absolute attributions: a completeness gap is measured against no smaller change of the output.
 LEAST_CHANGE = 0.1
+# Of the time that is left before a deadline: what is planned for.
+TIME_SHARE = 0.85
+# Rows of a path that finds its steps on the way, before they are known: about those for a tolerance of 0.05.
+USUAL_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,10 @@ class Job:
     with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
 
     With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
-    within it, or ``n_steps``, then at least 3, are spent; ``method`` is not used. ``method`` is one of Captum's, or
-    ``calibrated``: nodes from the engine's density and, where the network has them, mean gradients between them.
+    within it, or ``n_steps``, then at least 3, are spent. With a ``deadline``, by ``time.monotonic``, it is the best
+    that there is time for, at most a pass later, and within the tolerance if that comes first. ``method`` is not used
+    then. Else it is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the
+    network has them, mean gradients between them.
 
     With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
     image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
@@ -49,6 +58,7 @@ class Job:
     n_steps: int = 50
     method: str = "gausslegendre"
     tolerance: float | None = None
+    deadline: float | None = None
     probability: bool = False
     contrast: int | None = None
     nt_samples: int = 1
@@ -58,6 +68,11 @@ class Job:
     baseline_key: Hashable = None  # equal keys promise equal baselines, whose evaluation is then kept
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
 
+    @property
+    def refines(self) -> bool:
+        """Whether its steps are found on the way."""
+        return self.tolerance is not None or self.deadline is not None
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -65,7 +80,8 @@ class Explanation:
 
     ``attributions`` is shaped like the image; ``convergence_delta``, a scalar tensor, is Captum's: the sum of the
     attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations;
-    ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance and a mean over noise samples.
+    ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance or deadline and a mean over noise
+    samples.
     """
 
     attributions: Tensor
@@ -82,10 +98,13 @@ class _Start:
     logits: Tensor | None = None
 
 
+Rule = FixedRule | LadderRule | RefinedRule
+
+
 class _Path:
     """One path under way: its end points in feature space, and the rule that walks it."""
 
-    def __init__(self, job: Job, image: Tensor, rule: FixedRule | RefinedRule) -> None:
+    def __init__(self, job: Job, image: Tensor, rule: Rule) -> None:
         self.job, self.image, self.rule = job, image, rule
         self.next_step = 0
         self.start: _Start | None = None
@@ -148,6 +167,9 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._kept_starts: dict[Hashable, _Start] = {}
         self._lock = threading.Lock()  # the passes share buffers
         self.density = density
+        # By whether any row is paired, which takes longer.
+        self._clocks = {False: PassClock(), True: PassClock()}
+        self._judging_seconds = 0.0
 
     @log_usage()  # NoiseTunnel calls what this decorator wraps
     def attribute(
@@ -219,7 +241,6 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             for image, own_start, own_target in zip(images, start, targets)
         ]
 
-    @torch.no_grad()
     def explain(
         self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
     ) -> list[Explanation | None]:
@@ -233,64 +254,85 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         Returns:
             One explanation a job, in order; None for a job that was cancelled on the way.
         """
+        found = dict(self.explain_as_done(jobs, max_rows, with_delta))
+        return [found[index] for index in range(len(jobs))]
+
+    @torch.no_grad()
+    def explain_as_done(
+        self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
+    ) -> Iterator[tuple[int, Explanation | None]]:
+        """The same, job by job: its index and its explanation as soon as its last row is done."""
         limit = min(max_rows or self.max_rows, self.max_rows)
-        if limit < 2 and self.network.has_mean_slopes and any(job.method == "calibrated" for job in jobs):
+        needs_pairs = self.network.has_mean_slopes and any(job.refines or job.method == "calibrated" for job in jobs)
+        if limit < 2 and needs_pairs:
             raise ValueError("mean gradients between two points take at least two rows a pass")
-        parts: dict[int, list[Explanation]] = {}
+        numbers = {id(job): index for index, job in enumerate(jobs)}
+        parts: dict[int, list[Explanation]] = {index: [] for index in range(len(jobs))}
         with self._lock:
             for path in self._integrate(jobs, limit):
-                parts.setdefault(id(path.job), []).append(self._conclude(path, with_delta))
-        return [_mean(job, parts.get(id(job), [])) for job in jobs]
+                index = numbers[id(path.job)]
+                parts[index].append(self._conclude(path, with_delta))
+                if len(parts[index]) == path.job.nt_samples:
+                    yield index, _mean(parts.pop(index))
+            for index, found in parts.items():
+                job = jobs[index]
+                # Noise samples that a deadline left no time for are missing from the mean; else it was cancelled.
+                yield index, _mean(found) if found and job.deadline is not None and not job.is_cancelled() else None
 
-    def _first_rows(self, job: Job) -> int:
-        """Rows that a job asks for before anything is known of it."""
-        if job.tolerance is not None:
-            rows = RefinedRule.first_rows(job.n_steps)
-        else:
-            rows = job.n_steps + (job.method == "calibrated" and self.network.has_mean_slopes)
-        return job.nt_samples * rows
-
-    def _rule(self, job: Job) -> FixedRule | RefinedRule:
+    def _rule(self, job: Job, sharing: int) -> Rule:
+        """The rule for one of a job's paths, which shares the passes with so many that are in a hurry, too."""
         device = job.image.device
-        if job.tolerance is not None:
-            return RefinedRule(job.tolerance, job.n_steps, device)
+        output = "probability" if job.probability else "logit"
+        density = self.density or PathDensity.unknown()
+        if job.refines and self.network.has_mean_slopes:
+            scale, affordable = density.error_scale[output], self._affordable_steps(job, 1, sharing)
+            edges = partial(density.edges, output)
+            return LadderRule(edges, scale, job.tolerance, job.n_steps, affordable, device)
+        if job.refines:
+            return RefinedRule(job.tolerance, job.n_steps, self._affordable_steps(job, 0, sharing), device)
         if job.method != "calibrated":
-            return FixedRule(*torch.stack(quadrature(job.method, job.n_steps)).to(device))
+            nodes, weights = quadrature(job.method, job.n_steps)
+            return FixedRule(nodes.to(device), weights)
         if self.density is None:
             raise ValueError("the method 'calibrated' needs a density")
-        edges = self.density.edges("probability" if job.probability else "logit", job.n_steps)
+        edges = density.edges(output, job.n_steps)
         nodes = edges if self.network.has_mean_slopes else (edges[1:] + edges[:-1]) / 2
-        return FixedRule(nodes.to(device), edges.diff().to(device))
+        return FixedRule(nodes.to(device), edges.diff())
 
-    def _paths(self, jobs: Iterable[Job]) -> Iterator[_Path]:
-        for job in jobs:
-            generator = torch.Generator().manual_seed(job.seed)
-            for _ in range(job.nt_samples):
-                image = job.image
-                if job.stdevs:
-                    noise = torch.randn(image.shape, generator=generator).to(image)
-                    image = image + job.stdevs * noise
-                yield _Path(job, image, self._rule(job))
+    def _affordable_steps(self, job: Job, overlap: int, sharing: int) -> float:
+        """Steps of a path that there is time for before its job's deadline, when so many paths share the passes."""
+        if job.deadline is None:
+            return math.inf
+        seconds = TIME_SHARE * (job.deadline - time.monotonic() - self._judging_seconds)
+        rows = self._clocks[bool(overlap)].rows_within(seconds / sharing, self.max_rows)
+        if rows is None:
+            return 0
+        # Each pass ends with a row for the next, and one way, between two numbers of steps, is none.
+        return rows - overlap * (math.ceil(rows / self.max_rows) + 1)
 
     def _integrate(self, jobs: Sequence[Job], limit: int) -> Iterator[_Path]:
         """Take the gradients of all rows; yields each path when its last row is done."""
-        unstarted = self._paths(jobs)
-        rows_waiting = sum(map(self._first_rows, jobs))
+        # The first deadline first; other jobs as they came.
+        samples = _Samples(sorted(jobs, key=_deadline))
         under_way: list[_Path] = []
         while True:
             # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
-            while sum(path.rows_left for path in under_way) < limit and (path := next(unstarted, None)):
-                under_way.append(path)
-                rows_waiting -= path.rows_left
+            while sum(path.rows_left for path in under_way) < limit and (sample := samples.take()):
+                sharing = 1 + samples.in_a_hurry + sum(path.job.deadline is not None for path in under_way)
+                under_way.append(_Path(*sample, self._rule(sample[0], sharing)))
             under_way = [path for path in under_way if not path.job.is_cancelled()]
+            for path in [path for path in under_way if _is_late(path.job) and path.rule.settle(path.next_step)]:
+                under_way.remove(path)
+                samples.forget(path.job)
+                yield path
             if not under_way:
-                if rows_waiting:
+                if samples:
                     continue
                 return
             room = limit
             if self._equal_chunks:
                 # 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
-                rows_left = rows_waiting + sum(path.rows_left for path in under_way)
+                rows_left = samples.rows + sum(path.rows_left for path in under_way)
                 room = math.ceil(rows_left / math.ceil(rows_left / limit))
             chunk: list[tuple[_Path, slice]] = []
             count = 0
@@ -302,23 +344,34 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                 count += rows
             self._run_chunk(chunk)
             for path, _ in chunk:
-                if path.rows_left == 0:
-                    if path.rule.refine(lambda total, difference, path=path: self._judge(path, total, difference)):
-                        path.next_step = 0
-                    else:
-                        under_way.remove(path)
-                        yield path
+                if path.rows_left:
+                    continue
+                sharing = samples.in_a_hurry + sum(each.job.deadline is not None for each in under_way)
+                affordable = self._affordable_steps(path.job, path.rule.overlap, max(1, sharing))
+                if path.rule.refine(partial(self._judge, path), affordable):
+                    path.next_step = 0
+                else:
+                    under_way.remove(path)
+                    yield path
 
     def _run_chunk(self, chunk: list[tuple[_Path, slice]]) -> None:
         """Take the gradients of some paths' next rows; the slices are their places among the rows of the pass."""
         self._enter([path for path, _ in chunk if path.start is None])
+        started = time.monotonic()
         first, last = chunk[0][0], chunk[-1][1]
         buffers = self.passes.buffers(first.start.features, first.image.dtype)
         for path, rows in chunk:
             path.fill(buffers[rows])
-        gradients = self.passes.gradients(buffers, last.stop, any(path.rule.overlap for path, _ in chunk))
+        any_paired = any(path.rule.overlap for path, _ in chunk)
+        gradients = self.passes.gradients(buffers, last.stop, any_paired)
         for path, rows in chunk:
             path.add(gradients[rows])
+        on_gpu = first.image.device.type == "cuda"
+        if on_gpu and any(path.job.deadline is not None for path, _ in chunk):
+            torch.cuda.synchronize(first.image.device)
+        elif on_gpu:
+            return  # what the clock says before the device is done is no measure
+        self._clocks[any_paired].record(last.stop, time.monotonic() - started)
 
     def _enter(self, paths: list[_Path]) -> None:
         """Place the ends of new paths in feature space, in one pass through the stem."""
@@ -345,6 +398,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
 
     def _judge(self, path: _Path, total: Tensor, difference: Tensor) -> tuple[float, float]:
         """Relative norm of a difference, and the relative completeness gap, of a path's attributions."""
+        started = time.monotonic()
         path.attributions, between = self._pull_back(path, torch.cat((total, difference)))
         change = self._change(path)
         size = path.attributions.abs().sum()
@@ -352,6 +406,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         # A change far below what the attributions add up to without their signs is no measure of anything.
         scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
         found = torch.stack((between.norm(), path.attributions.norm(), gap.abs(), scale)).tolist()
+        self._judging_seconds = time.monotonic() - started
         return tuple(part / whole if whole else math.inf if part else 0.0 for part, whole in (found[:2], found[2:]))
 
     def _conclude(self, path: _Path, with_delta: bool) -> Explanation:
@@ -374,10 +429,45 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         return path.change
 
 
-def _mean(job: Job, parts: list[Explanation]) -> Explanation | None:
-    """The explanation of a job from those of its paths, or None if not all were finished."""
-    if len(parts) < job.nt_samples:
-        return None
+class _Samples:
+    """The images that jobs explain, in order: their own, or each with noise of its own, drawn when it is taken."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._left = [(job, job.nt_samples) for job in reversed(list(jobs))]
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    @property
+    def rows(self) -> int:
+        """Rows that they are going to take, as far as that is known."""
+        return sum(count * (USUAL_ROWS if job.refines else job.n_steps) for job, count in self._left)
+
+    @property
+    def in_a_hurry(self) -> int:
+        """How many have a deadline."""
+        return sum(count for job, count in self._left if job.deadline is not None)
+
+    def take(self) -> tuple[Job, Tensor] | None:
+        """The next one and its job, or None."""
+        if not self._left:
+            return None
+        job, count = self._left.pop()
+        if count > 1:
+            self._left.append((job, count - 1))
+        if not job.stdevs:
+            return job, job.image
+        generator = self._generators.setdefault(id(job), torch.Generator().manual_seed(job.seed))
+        return job, job.image + job.stdevs * torch.randn(job.image.shape, generator=generator).to(job.image)
+
+    def forget(self, job: Job) -> None:
+        """Leave out what a job still has."""
+        self._left = [(each, count) for each, count in self._left if each is not job]
+
+
+def _mean(parts: list[Explanation]) -> Explanation:
+    """The explanation of a job from those of its paths."""
     if len(parts) == 1:
         return parts[0]
     attributions = torch.stack([part.attributions for part in parts]).mean(dim=0)
@@ -387,6 +477,14 @@ def _mean(job: Job, parts: list[Explanation]) -> Explanation | None:
     # Errors that do not cancel add up to no more than their mean.
     estimate = sum(part.error_estimate for part in parts) / len(parts)
     return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate)
+
+
+def _deadline(job: Job) -> float:
+    return math.inf if job.deadline is None else job.deadline
+
+
+def _is_late(job: Job) -> bool:
+    return job.deadline is not None and time.monotonic() >= job.deadline
 
 
 def _start_key(job: Job) -> Hashable:

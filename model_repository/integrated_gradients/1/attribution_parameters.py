@@ -37,7 +37,9 @@ class AttributionParameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_steps: _Integer = Field(
-        50, ge=1, description="an integer from 1 (2 with a riemann method, 3 with tolerance) to {max_n_steps}"
+        50,
+        ge=1,
+        description="an integer from 1 (2 with a riemann method, 3 with tolerance or deadline_ms) to {max_n_steps}",
     )
     method: Literal[
         "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
@@ -47,6 +49,9 @@ class AttributionParameters(BaseModel):
     contrast: _Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
     tolerance: _Number | None = Field(
         None, ge=0.001, le=0.5, allow_inf_nan=False, description="a number from 0.001 to 0.5"
+    )
+    deadline_ms: _Number | None = Field(
+        None, ge=1, le=60_000, allow_inf_nan=False, description="a number from 1 to 60000"
     )
     nt_samples: _Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
     stdevs: _Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
@@ -63,10 +68,11 @@ class AttributionParameters(BaseModel):
         Raises:
             ParameterError: names them.
         """
-        if self.tolerance is not None and "method" in self.model_fields_set:
-            raise ParameterError(
-                f"parameter 'method' must be absent beside 'tolerance', which places its own nodes, not {self.method!r}"
-            )
+        for name in ("tolerance", "deadline_ms"):
+            if getattr(self, name) is not None and "method" in self.model_fields_set:
+                raise ParameterError(
+                    f"parameter 'method' must be absent beside {name!r}, which places its own nodes, not {self.method!r}"
+                )
 
     def check_limits(self, limits: Limits) -> None:
         """Hold the values against the server's limits.
@@ -74,7 +80,13 @@ class AttributionParameters(BaseModel):
         Raises:
             ParameterError: one is over its limit.
         """
-        least = 3 if self.tolerance is not None else 2 if self.method.startswith("riemann") else 1
+        least = (
+            3
+            if self.tolerance is not None or self.deadline_ms is not None
+            else 2
+            if self.method.startswith("riemann")
+            else 1
+        )
         if not least <= self.n_steps <= limits.max_n_steps:
             raise _refusal("n_steps", self.n_steps, limits)
         if self.nt_samples > limits.max_nt_samples:

@@ -5,8 +5,9 @@ from __future__ import annotations  # the types of pb_utils are not there yet wh
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,19 @@ class Work:
     logits: torch.Tensor
     targets: list[int]
     parameters: AttributionParameters
+
+
+class _Answer:
+    """What is known of the answer to a request, and the way back to it."""
+
+    def __init__(self, request) -> None:
+        self._sender = request.get_response_sender()
+        self.wanted = set(request.requested_output_names())
+        self.work: Work | None = None
+        self.explanations: dict[int, Explanation | None] = {}
+
+    def send(self, response: pb_utils.InferenceResponse) -> None:
+        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class TritonPythonModel:
@@ -62,20 +76,24 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        works = [self._read(request) for request in requests]
-        jobs = [
-            job
-            for request, work in zip(requests, works)
-            if isinstance(work, Work)
-            for job in self._jobs(work, request.is_cancelled)
-        ]
-        explanations = iter(_moved_to_host(self.engine.explain(jobs)))
-        responses = []
-        for request, work in zip(requests, works):
+        arrived = time.monotonic()
+        jobs, answers = [], []
+        for request in requests:
+            answer = _Answer(request)
+            work = self._read(request)
             if isinstance(work, Work):
-                work = self._respond(request, work, [next(explanations) for _ in work.targets])
-            responses.append(work)
-        return responses
+                answer.work = work
+                jobs += self._jobs(work, arrived, request.is_cancelled)
+                answers += [answer] * len(work.targets)
+            else:
+                answer.send(work)
+        # Each request is answered when its own rows are done, not when the batch is.
+        for index, explanation in self.engine.explain_as_done(jobs):
+            answer = answers[index]
+            answer.explanations[index - answers.index(answer)] = explanation
+            if len(answer.explanations) == len(answer.work.targets):
+                answer.send(self._respond(answer))
+        return [None] * len(requests)
 
     def _read(self, request) -> Work | pb_utils.InferenceResponse:
         """The request as work to do, or the response that refuses it."""
@@ -105,8 +123,9 @@ class TritonPythonModel:
                 return _refuse(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
         return Work(pixels, logits, targets, parameters)
 
-    def _jobs(self, work: Work, is_cancelled: Callable[[], bool]) -> list[Job]:
+    def _jobs(self, work: Work, arrived: float, is_cancelled: Callable[[], bool]) -> list[Job]:
         asked = work.parameters
+        deadline = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
         return [
             Job(
                 image=image,
@@ -115,6 +134,7 @@ class TritonPythonModel:
                 n_steps=asked.n_steps,
                 method=asked.method,
                 tolerance=asked.tolerance,
+                deadline=deadline,
                 probability=asked.output == "probability",
                 contrast=asked.contrast,
                 nt_samples=asked.nt_samples,
@@ -127,13 +147,16 @@ class TritonPythonModel:
             for image, logits, target in zip(work.pixels, work.logits, work.targets)
         ]
 
-    def _respond(self, request, work: Work, explanations: list[Explanation | None]):
+    def _respond(self, answer: _Answer) -> pb_utils.InferenceResponse:
+        """The response to a request all of whose images are explained or cancelled."""
+        work = answer.work
+        explanations = [answer.explanations[number] for number in range(len(work.targets))]
         if None in explanations:
             error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
             return pb_utils.InferenceResponse(error=error)
-        attributions = torch.stack([explanation.attributions for explanation in explanations]).numpy()
+        attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
         saliency = attributions.sum(axis=1)
-        deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).numpy()
+        deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).cpu().numpy()
         outputs = {
             "EXPLAINED_CLASS": np.array(work.targets, np.int64)[:, None],
             "ATTRIBUTIONS": attributions,
@@ -143,25 +166,9 @@ class TritonPythonModel:
             "ERROR_ESTIMATE": np.array([[explanation.error_estimate] for explanation in explanations], np.float32),
             "RELEVANCE": saliency,
         }
-        wanted = request.requested_output_names()
         return pb_utils.InferenceResponse(
-            output_tensors=[pb_utils.Tensor(name, array) for name, array in outputs.items() if name in wanted]
+            output_tensors=[pb_utils.Tensor(name, array) for name, array in outputs.items() if name in answer.wanted]
         )
-
-
-def _moved_to_host(explanations: list[Explanation | None]) -> list[Explanation | None]:
-    """The same with their tensors on the CPU, in one transfer for the whole batch."""
-    done = [explanation for explanation in explanations if explanation is not None]
-    if not done:
-        return explanations
-    packed = torch.stack(
-        [torch.cat((each.attributions.flatten(), each.convergence_delta.reshape(1))) for each in done]
-    ).cpu()
-    shape = done[0].attributions.shape
-    moved = iter(
-        [replace(each, attributions=row[:-1].view(shape), convergence_delta=row[-1]) for each, row in zip(done, packed)]
-    )
-    return [None if explanation is None else next(moved) for explanation in explanations]
 
 
 def _refuse(message: str) -> pb_utils.InferenceResponse:

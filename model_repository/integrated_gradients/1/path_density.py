@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 FILE_NAME = "path_density.json"
+OUTPUTS = ("logit", "probability")
+# Of the demo network, for want of another.
+TYPICAL_ERROR_SCALE = 1.0
 # Of the mean density: no part of a path goes without nodes because calibration images were quiet there.
 LEAST_DENSITY = 0.1
 
@@ -25,9 +29,18 @@ class PathDensity:
 
     ``gradient_change``: for each explained output (``logit``, ``probability``), the mean change of the attribution's
     integrand over equal intervals of [0, 1], relative to the attribution, float64 [intervals].
+
+    ``error_scale``: for each output, what the relative error of a single step would be if errors fell with the number
+    of steps as they do where there are more; nine in ten images stay below.
     """
 
     gradient_change: Mapping[str, Tensor]
+    error_scale: Mapping[str, float]
+
+    @classmethod
+    def unknown(cls) -> PathDensity:
+        """For a network that was not calibrated: the same everywhere."""
+        return cls(dict.fromkeys(OUTPUTS, torch.ones(1).double()), dict.fromkeys(OUTPUTS, TYPICAL_ERROR_SCALE))
 
     @classmethod
     def load(cls, file: Path, model_sha256: str) -> PathDensity:
@@ -40,7 +53,8 @@ class PathDensity:
         try:
             content = json.loads(file.read_text())
             found = content["model_sha256"]
-            changes = {name: torch.tensor(values).double() for name, values in content["gradient_change"].items()}
+            changes = {name: torch.tensor(content["gradient_change"][name]).double() for name in OUTPUTS}
+            scales = {name: float(content["error_scale"][name]) for name in OUTPUTS}
         except FileNotFoundError:
             raise CalibrationError(f"this network has no {file.name}; {hint}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -49,11 +63,12 @@ class PathDensity:
             raise CalibrationError(
                 f"{file.name} belongs to another network (sha256 {found!s:.12}..., not {model_sha256:.12}...); {hint}"
             )
-        for name in ("logit", "probability"):
-            values = changes.get(name)
-            if values is None or values.dim() != 1 or not len(values) or not (values.isfinite() & (values >= 0)).all():
+        for name, values in changes.items():
+            if values.dim() != 1 or not len(values) or not (values.isfinite() & (values >= 0)).all():
                 raise CalibrationError(f"{file.name} has no valid gradient_change of {name!r}; {hint}")
-        return cls(changes)
+            if not 0 < scales[name] < math.inf:
+                raise CalibrationError(f"{file.name} has no valid error_scale of {name!r}; {hint}")
+        return cls(changes, scales)
 
     def edges(self, output: str, n_steps: int) -> Tensor:
         """``n_steps`` + 1 places from 0 to 1, float64, with as much density between any two.
