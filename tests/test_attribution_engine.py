@@ -159,16 +159,19 @@ def test_quadrature_is_captums(method):
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.03])
-def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance):
+@pytest.mark.parametrize("points", [False, True], ids=["mean gradients", "points"])
+def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, points):
     engine = IntegratedGradients(served_module)
+    engine.network.has_mean_slopes = not points
     for index in range(3):
         image = scene_pixels(index)
-        job = Job(image, torch.zeros_like(image), 4, 100, tolerance=tolerance)
+        target = int(engine.network(image[None]).argmax())
+        job = Job(image, torch.zeros_like(image), target, 100, tolerance=tolerance)
         (found,) = engine.explain([job])
         (integral,) = engine.explain([replace(job, tolerance=None, n_steps=128, method="riemann_middle")])
         assert relative_distance(found.attributions, integral.attributions) <= tolerance
         assert found.error_estimate <= tolerance
-        assert 7 <= found.n_steps < 60
+        assert 3 <= found.n_steps < (60 if points else 30)
         change = found.attributions.sum() - found.convergence_delta
         assert abs(found.convergence_delta) <= tolerance * max(abs(change), 0.1 * found.attributions.abs().sum())
 

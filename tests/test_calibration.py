@@ -173,17 +173,30 @@ def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path,
     assert "broken.jpg" in capsys.readouterr().err
 
 
+def calibration_with(change, scale):
+    """A calibration whose part for the probability is this."""
+    parts = {
+        "gradient_change": {"logit": [1], "probability": change},
+        "error_scale": {"logit": 1, "probability": scale},
+    }
+    return json.dumps({"model_sha256": "1234", **parts})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "this network has no path_density.json; python -m tools.calibrate writes it"),
         ("{", "path_density.json cannot be read"),
         ("[]", "path_density.json cannot be read"),
-        ('{"model_sha256": "abc", "gradient_change": {"logit": "x"}}', "cannot be read"),
-        ('{"model_sha256": "abc", "gradient_change": {}}', "belongs to another network (sha256 abc..., not 1234"),
-        ('{"model_sha256": "1234", "gradient_change": {"logit": [1, 2]}}', "no valid gradient_change of 'probability'"),
-        ('{"model_sha256": "1234", "gradient_change": {"logit": [1, NaN]}}', "no valid gradient_change of 'logit'"),
-        ('{"model_sha256": "1234", "gradient_change": {"logit": []}}', "no valid gradient_change of 'logit'"),
+        ("{}", "path_density.json cannot be read"),
+        ('{"model_sha256": "abc"}', "belongs to another network (sha256 abc..., not 1234"),
+        ('{"model_sha256": "1234", "gradient_change": {"logit": "x"}}', "no valid gradient_change or error_scale"),
+        ('{"model_sha256": "1234", "gradient_change": {"logit": [1]}}', "error_scale for 'logit'"),
+        (calibration_with([1, math.nan], 1), "for 'probability'"),
+        (calibration_with([-1], 1), "for 'probability'"),
+        (calibration_with([], 1), "for 'probability'"),
+        (calibration_with([1, 2], 0), "for 'probability'"),
+        (calibration_with([1, 2], "much"), "for 'probability'"),
     ],
 )
 def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, message):

@@ -1,10 +1,10 @@
-"""The rule that refines itself, on integrands whose integral is known."""
+"""Rules that refine themselves, on integrands whose integral is known."""
 
 import math
 
 import pytest
 import torch
-from path_rules import RefinedRule
+from path_rules import ERROR_ORDER, LADDER_MARGIN, SINGLE_STEP_MARGIN, LadderRule, RefinedRule
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,26 @@ def walk(rule, integrand, chunk=4):
             return rule.gradient[0], nodes, seen
 
 
+def even_edges(n_steps):
+    return torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
+
+
+def walk_ladder(rule, error=1.0, chunk=5, affordable=math.inf):
+    """Integrate (1, 0) with mean gradients that are off by what makes n steps miss by (0, error * n**-ERROR_ORDER)."""
+
+    def judge(total, difference):
+        return (difference.norm() / total.norm()).item(), 0.0
+
+    while True:
+        steps = len(rule.nodes) - 1
+        for first in range(0, steps, chunk):
+            ends = rule.nodes[first : min(first + chunk, steps) + 1]
+            gradients = torch.stack((torch.ones(len(ends) - 1), error * ends.diff().abs() ** ERROR_ORDER), dim=1)
+            rule.add(slice(first, first + len(gradients)), gradients.double())
+        if not rule.refine(judge, affordable):
+            return rule
+
+
 def smooth(nodes):
     return torch.stack([nodes.exp(), nodes**2, torch.ones_like(nodes)], dim=1)
 
@@ -37,7 +57,7 @@ def jumps(nodes):
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.01, 0.001])
 def test_integral_is_within_the_tolerance_and_no_node_is_used_twice(tolerance):
-    rule = RefinedRule(tolerance, 1000, CPU)
+    rule = RefinedRule(tolerance, 1000, math.inf, CPU)
     integral, nodes, _ = walk(rule, smooth)
     exact = torch.tensor([math.e - 1, 1 / 3, 1.0], dtype=torch.float64)
     assert (integral - exact).norm() <= tolerance * exact.norm()
@@ -45,34 +65,100 @@ def test_integral_is_within_the_tolerance_and_no_node_is_used_twice(tolerance):
 
 
 def test_weights_add_up_to_one_whatever_is_refined():
-    integral, _, _ = walk(RefinedRule(0.01, 100, CPU), jumps)
+    integral, _, _ = walk(RefinedRule(0.01, 100, math.inf, CPU), jumps)
     assert torch.all((integral > 0) & (integral < 1))
-    constant, _, _ = walk(RefinedRule(0.01, 100, CPU), lambda nodes: torch.ones(len(nodes), 2, dtype=torch.float64))
+    constant, _, _ = walk(
+        RefinedRule(0.01, 100, math.inf, CPU), lambda nodes: torch.ones(len(nodes), 2, dtype=torch.float64)
+    )
     torch.testing.assert_close(constant, torch.ones(2, dtype=torch.float64))
 
 
 def test_total_is_the_trapezoid_sum_over_all_nodes():
-    integral, nodes, _ = walk(RefinedRule(0.02, 200, CPU), jumps)
+    integral, nodes, _ = walk(RefinedRule(0.02, 200, math.inf, CPU), jumps)
     nodes = torch.tensor(sorted(nodes), dtype=torch.float64)
     torch.testing.assert_close(integral, torch.trapezoid(jumps(nodes), nodes, dim=0))
 
 
 def test_steps_go_where_the_integrand_changes():
     places = torch.linspace(0.02, 0.15, 8, dtype=torch.float64)
-    _, nodes, _ = walk(RefinedRule(0.001, 60, CPU), lambda nodes: (nodes[:, None] > places).double())
+    _, nodes, _ = walk(RefinedRule(0.001, 60, math.inf, CPU), lambda nodes: (nodes[:, None] > places).double())
     # All of it changes in the first sixth of the path.
     assert sum(node < 1 / 6 for node in nodes) > 0.5 * len(nodes)
 
 
 def test_steps_never_exceed_the_limit():
     for n_steps in (3, 4, 7, 20, 33):
-        rule = RefinedRule(0.001, n_steps, CPU)
+        rule = RefinedRule(0.001, n_steps, math.inf, CPU)
         _, nodes, _ = walk(rule, jumps)
         assert len(nodes) == rule.n_steps <= n_steps
 
 
 def test_nothing_to_explain_ends_at_once():
-    rule = RefinedRule(0.01, 50, CPU)
+    rule = RefinedRule(0.01, 50, math.inf, CPU)
     rule.add(slice(0, 7), torch.zeros(7, 3))
     assert not rule.refine(lambda total, difference: (0.0, 0.0))
     assert rule.error_estimate == 0
+
+
+@pytest.mark.parametrize("error", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize("tolerance", [0.2, 0.05, 0.01])
+def test_ladder_comes_within_the_tolerance_and_estimates_its_error(tolerance, error):
+    rule = walk_ladder(LadderRule(even_edges, 1.0, tolerance, 1000, math.inf, CPU), error)
+    one, missed = rule.gradient.flatten().tolist()
+    assert one == pytest.approx(1)
+    assert missed <= rule.error_estimate <= tolerance
+    # Half of the error is corrected, and the estimate is of what it was before, with its margin.
+    margin = LADDER_MARGIN * (SINGLE_STEP_MARGIN if rule._coarse_steps == 1 else 1)
+    assert rule.error_estimate == pytest.approx(2 * margin * missed, rel=0.01)
+
+
+def test_ladder_plans_its_steps_by_what_error_is_expected():
+    steps = [len(LadderRule(even_edges, scale, 0.02, 1000, math.inf, CPU).nodes) for scale in (0.5, 1.0, 2.0)]
+    assert steps == sorted(set(steps))
+    # An image that is as expected takes the first stage alone: a pilot and the steps that it serves.
+    expected = math.ceil((1.0 / 0.02) ** (1 / ERROR_ORDER))
+    rule = walk_ladder(LadderRule(even_edges, 1.0, 0.02, 1000, math.inf, CPU), error=1 / LADDER_MARGIN)
+    assert rule.n_steps == expected + round(expected / 4)
+
+
+@pytest.mark.parametrize("n_steps", [3, 4, 5, 7, 12, 31, 50])
+def test_ladder_never_spends_more_than_its_limit(n_steps):
+    for tolerance in (None, 0.3, 0.001):
+        rule = walk_ladder(LadderRule(even_edges, 1.0, tolerance, n_steps, math.inf, CPU), error=3.0)
+        assert 3 <= rule.n_steps <= n_steps
+        assert rule.error_estimate > 0.001
+
+
+def test_ladder_spends_what_it_can_afford_and_at_least_three_steps():
+    counts = [
+        walk_ladder(LadderRule(even_edges, 1.0, None, 1000, affordable, CPU), affordable=0).n_steps
+        for affordable in (-5, 0, 3, 10, 30)
+    ]
+    assert counts[:3] == [3, 3, 3]
+    assert 8 <= counts[3] <= 10
+    assert 25 <= counts[4] <= 30
+    rule = LadderRule(even_edges, 1.0, None, 1000, 10, CPU)
+    assert walk_ladder(rule, affordable=20).n_steps <= 10 + 20 * 5
+
+
+def test_ladder_makes_do_with_its_pilot():
+    rule = LadderRule(even_edges, 1.0, None, 1000, 15, CPU)
+    pilot = rule._coarse_steps
+    assert not rule.settle(pilot - 1)
+    rule.add(slice(0, pilot), torch.ones(pilot, 2).double())
+    assert rule.settle(pilot)
+    torch.testing.assert_close(rule.gradient, torch.ones(1, 2).double())
+    assert rule.error_estimate == pytest.approx(LADDER_MARGIN / pilot**ERROR_ORDER)
+    assert rule.n_steps == pilot
+
+
+def test_refined_rule_keeps_the_last_complete_stage():
+    rule = RefinedRule(None, 1000, math.inf, CPU)
+    assert not rule.settle(3)
+    rule.add(slice(0, 7), jumps(rule.nodes))
+    assert rule.refine(lambda total, difference: (0.5, 0.5), 10)
+    assert len(rule.nodes) <= 10
+    complete = rule.gradient.clone()
+    rule.add(slice(0, 1), jumps(rule.nodes[:1]))
+    assert rule.settle(1)
+    torch.testing.assert_close(rule.gradient, complete)

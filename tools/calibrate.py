@@ -1,9 +1,9 @@
 """Find where a network's paths need their nodes: ``python -m tools.calibrate [--images FOLDER]``.
 
 Takes the gradients of both outputs at evenly spaced points of the paths to some images, and writes how much the
-attribution's integrand changes from point to point, on average, beside the served network, with its checksum, and
-what error to expect. ``method=calibrated`` places its nodes by it, and ``tolerance`` plans with it. Without a folder the images are the demo generator's calibration split,
-which no network was trained and no rule is judged on.
+attribution's integrand changes from point to point, on average, beside the served network, with its checksum, and what
+error to expect. ``method=calibrated`` places its nodes by the one, ``tolerance`` plans with the other. Without a folder
+the images are the demo generator's calibration split, which no network was trained and no rule is judged on.
 """
 
 from __future__ import annotations

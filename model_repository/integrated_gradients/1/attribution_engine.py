@@ -315,16 +315,25 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         # The first deadline first; other jobs as they came.
         samples = _Samples(sorted(jobs, key=_deadline))
         under_way: list[_Path] = []
+        answered: set[int] = set()  # jobs
         while True:
             # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
             while sum(path.rows_left for path in under_way) < limit and (sample := samples.take()):
                 sharing = 1 + samples.in_a_hurry + sum(path.job.deadline is not None for path in under_way)
                 under_way.append(_Path(*sample, self._rule(sample[0], sharing)))
             under_way = [path for path in under_way if not path.job.is_cancelled()]
-            for path in [path for path in under_way if _is_late(path.job) and path.rule.settle(path.next_step)]:
-                under_way.remove(path)
+            late = [path for path in under_way if _is_late(path.job)]
+            for path in late:
                 samples.forget(path.job)
-                yield path
+                if path.rule.settle(path.next_step):
+                    under_way.remove(path)
+                    answered.add(id(path.job))
+                    yield path
+            # Of noise samples that have no answer yet, one goes on, if none has an answer.
+            for path in late:
+                if path in under_way and id(path.job) in answered:
+                    under_way.remove(path)
+                answered.add(id(path.job))
             if not under_way:
                 if samples:
                     continue
@@ -352,6 +361,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                     path.next_step = 0
                 else:
                     under_way.remove(path)
+                    answered.add(id(path.job))
                     yield path
 
     def _run_chunk(self, chunk: list[tuple[_Path, slice]]) -> None:

@@ -70,9 +70,8 @@ class AttributionParameters(BaseModel):
         """
         for name in ("tolerance", "deadline_ms"):
             if getattr(self, name) is not None and "method" in self.model_fields_set:
-                raise ParameterError(
-                    f"parameter 'method' must be absent beside {name!r}, which places its own nodes, not {self.method!r}"
-                )
+                places = f"{name!r}, which places its own nodes"
+                raise ParameterError(f"parameter 'method' must be absent beside {places}, not {self.method!r}")
 
     def check_limits(self, limits: Limits) -> None:
         """Hold the values against the server's limits.

@@ -53,21 +53,25 @@ class PathDensity:
         try:
             content = json.loads(file.read_text())
             found = content["model_sha256"]
-            changes = {name: torch.tensor(content["gradient_change"][name]).double() for name in OUTPUTS}
-            scales = {name: float(content["error_scale"][name]) for name in OUTPUTS}
         except FileNotFoundError:
             raise CalibrationError(f"this network has no {file.name}; {hint}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise CalibrationError(f"{file.name} cannot be read ({error!r:.100}); {hint}") from None
         if found != model_sha256:
             raise CalibrationError(
                 f"{file.name} belongs to another network (sha256 {found!s:.12}..., not {model_sha256:.12}...); {hint}"
             )
-        for name, values in changes.items():
-            if values.dim() != 1 or not len(values) or not (values.isfinite() & (values >= 0)).all():
-                raise CalibrationError(f"{file.name} has no valid gradient_change of {name!r}; {hint}")
-            if not 0 < scales[name] < math.inf:
-                raise CalibrationError(f"{file.name} has no valid error_scale of {name!r}; {hint}")
+        changes, scales = {}, {}
+        for name in OUTPUTS:
+            try:
+                changes[name] = torch.tensor(content["gradient_change"][name]).double()
+                scales[name] = float(content["error_scale"][name])
+                is_valid = changes[name].dim() == 1 and len(changes[name]) > 0 and 0 < scales[name] < math.inf
+                is_valid = is_valid and bool((changes[name].isfinite() & (changes[name] >= 0)).all())
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                is_valid = False
+            if not is_valid:
+                raise CalibrationError(f"{file.name} has no valid gradient_change or error_scale for {name!r}; {hint}")
         return cls(changes, scales)
 
     def edges(self, output: str, n_steps: int) -> Tensor:

@@ -24,6 +24,8 @@ ERROR_ORDER = 1.75
 # Margin of the error that the difference of two numbers of steps stands for, and the share of it that is corrected.
 LADDER_MARGIN = 1.4
 LADDER_CORRECTION = 0.5
+# A single step is off by less than that law says, so the difference to it stands for more.
+SINGLE_STEP_MARGIN = 1.3
 # The first number of steps, which only serves to estimate the error of the second, is this part of it.
 PILOT_SHARE = 0.25
 # The least factor from one number of steps to the next that is worth its gradients.
@@ -135,7 +137,8 @@ class LadderRule(_Rule):
         difference = fine - self._coarse
         self.gradient = fine + LADDER_CORRECTION * share * difference
         relative, gap = judge(self.gradient, difference)
-        self.error_estimate = LADDER_MARGIN * share * relative
+        margin = LADDER_MARGIN * (SINGLE_STEP_MARGIN if self._coarse_steps == 1 else 1)
+        self.error_estimate = margin * share * relative
         if max(self.error_estimate, gap) <= self._tolerance:
             return False
         least = math.ceil(LEAST_GROWTH * self._fine_steps)

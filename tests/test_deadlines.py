@@ -1,0 +1,146 @@
+"""Deadlines, in the time of a clock that only passes move."""
+
+import attribution_engine
+import pytest
+import torch
+from attribution_engine import IntegratedGradients, Job
+from conftest import scene_pixels, untrained
+from pass_clock import PassClock
+
+from tools.export import build_served
+
+
+class FakeTime:
+    """A clock, and passes that take ``seconds_per_row`` of it; ``chunks`` are the (rows, end) of passes."""
+
+    def __init__(self, engine, seconds_per_row=0.01):
+        self.now, self.seconds_per_row, self.chunks = 100.0, seconds_per_row, []
+        self._gradients = engine.passes.gradients
+        engine.passes.gradients = self.gradients
+
+    def monotonic(self):
+        return self.now
+
+    def gradients(self, rows, count, *rest):
+        self.now += count * self.seconds_per_row
+        self.chunks.append((count, self.now))
+        return self._gradients(rows, count, *rest)
+
+
+@pytest.fixture
+def engine(served_module):
+    return IntegratedGradients(served_module)
+
+
+@pytest.fixture
+def fake_time(engine, monkeypatch):
+    fake = FakeTime(engine)
+    monkeypatch.setattr(attribution_engine, "time", fake)
+    # What a running server knows of its passes.
+    for rows in (2, 8):
+        for clock in engine._clocks.values():
+            clock.record(rows, rows * fake.seconds_per_row)
+    return fake
+
+
+def job(fake_time, milliseconds, index=0, **options):
+    image = scene_pixels(index)
+    deadline = None if milliseconds is None else fake_time.now + milliseconds / 1000
+    return Job(image, torch.zeros_like(image), 4, **{"n_steps": 1000, "deadline": deadline, **options})
+
+
+@pytest.mark.parametrize("milliseconds", [1, 50, 100, 200, 400, 900])
+def test_answer_is_at_most_a_pass_late_and_uses_the_time(engine, fake_time, milliseconds):
+    one = job(fake_time, milliseconds)
+    (found,) = engine.explain([one])
+    longest = max(rows for rows, _ in fake_time.chunks) * fake_time.seconds_per_row
+    assert fake_time.now <= one.deadline + longest
+    assert 0 < found.error_estimate < 2
+    assert found.n_steps >= 3
+    if milliseconds >= 200:
+        assert fake_time.now >= one.deadline - 0.4 * milliseconds / 1000
+
+
+def test_more_time_means_more_steps_and_a_smaller_estimate(engine, fake_time):
+    found = [engine.explain([job(fake_time, milliseconds)])[0] for milliseconds in (60, 150, 400, 1000)]
+    assert [each.n_steps for each in found] == sorted({each.n_steps for each in found})
+    estimates = [each.error_estimate for each in found]
+    assert estimates == sorted(estimates, reverse=True)
+
+
+def test_n_steps_and_tolerance_end_it_earlier(engine, fake_time):
+    limited, tolerant = engine.explain([job(fake_time, 5000, n_steps=10), job(fake_time, 5000, 1, tolerance=0.1)])
+    assert limited.n_steps <= 10
+    assert tolerant.error_estimate <= 0.1
+    assert tolerant.n_steps < 20
+
+
+def test_a_job_in_a_hurry_goes_before_neighbours_that_take_long(engine, fake_time):
+    patient, hurried = job(fake_time, None, n_steps=40), job(fake_time, 300, 1)
+    order = []
+    for index, explanation in engine.explain_as_done([patient, hurried]):
+        order.append((index, fake_time.now))
+        assert explanation is not None
+    assert [index for index, _ in order] == [1, 0]
+    assert order[0][1] <= hurried.deadline + 8 * fake_time.seconds_per_row
+
+
+def test_two_in_a_hurry_share_the_time(engine, fake_time):
+    jobs = [job(fake_time, 400, index) for index in range(2)]
+    alone = engine.explain([job(fake_time, 400)])[0].n_steps
+    jobs = [job(fake_time, 400, index) for index in range(2)]
+    found = engine.explain(jobs)
+    assert fake_time.now <= jobs[0].deadline + 8 * fake_time.seconds_per_row
+    assert all(3 <= each.n_steps < alone for each in found)
+
+
+def test_load_that_comes_on_the_way_leaves_the_pilot_as_answer(engine, fake_time):
+    one = job(fake_time, 400)
+    fake_time.seconds_per_row *= 8  # each pass takes 0.64 s of a sudden
+    (found,) = engine.explain([one])
+    assert len(fake_time.chunks) == 1
+    assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
+    assert found.error_estimate > 0.01
+    # and the next one plans with what that took
+    fake_time.chunks.clear()
+    slow = job(fake_time, 3000)
+    engine.explain([slow])
+    assert fake_time.now <= slow.deadline + 8 * fake_time.seconds_per_row
+
+
+def test_noise_samples_that_there_is_no_time_for_are_left_out(engine, fake_time):
+    one = job(fake_time, 300, nt_samples=50, stdevs=0.1)
+    (found,) = engine.explain([one])
+    assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
+    assert 3 <= found.n_steps < 150
+
+
+def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
+    engine = IntegratedGradients(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5))))
+    assert not engine.network.has_mean_slopes
+    fake_time = FakeTime(engine)
+    monkeypatch.setattr(attribution_engine, "time", fake_time)
+    engine._clocks[False].record(8, 0.08)
+    found = []
+    for milliseconds in (10, 150, 400):
+        one = job(fake_time, milliseconds)
+        found += engine.explain([one])
+        assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
+    assert 3 == found[0].n_steps < found[1].n_steps < found[2].n_steps
+    assert all(each.error_estimate > 0 for each in found)
+
+
+def test_clock_knows_passes_between_and_beyond_those_it_saw():
+    clock = PassClock()
+    assert clock.rows_within(1.0, 8) is None
+    clock.record(4, 0.4)
+    assert clock.estimate(8) == pytest.approx(0.8)
+    clock.record(8, 0.6)
+    assert clock.estimate(6) == pytest.approx(0.5)
+    assert clock.estimate(1) == 0.4
+    assert clock.rows_within(1.3, 8) == 16
+    assert clock.rows_within(1.75, 8) == 16 + 7
+    assert clock.rows_within(0.3, 8) == clock.rows_within(-1, 8) == 0
+    for _ in range(20):
+        clock.record(8, 1.2)
+    assert clock.estimate(8) == pytest.approx(1.2, rel=0.01)
