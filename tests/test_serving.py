@@ -58,6 +58,14 @@ def executed_batches(triton, model) -> dict[int, int]:
     return {entry.batch_size: entry.compute_infer.count for entry in statistics.batch_stats}
 
 
+def wait_for_batches(triton, model, size, count):
+    """Until the model has executed so many batches of a size: a batch counts after its last response."""
+    deadline = time.monotonic() + 10
+    while executed_batches(triton, model).get(size, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert executed_batches(triton, model).get(size, 0) == count
+
+
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
     return [encode(scene_image(index)) for index in range(8)]
@@ -156,7 +164,7 @@ def test_a_short_request_is_answered_before_the_long_one_in_its_batch(triton, im
         assert not long.done()
         long.result()
         blocker.result()
-    assert executed_batches(triton, "integrated_gradients").get(2, 0) == before + 1
+    wait_for_batches(triton, "integrated_gradients", 2, before + 1)
     assert done == [60, 5, 150]
 
 
@@ -210,7 +218,7 @@ def test_eight_unlike_requests_meet_in_one_batch_and_keep_their_answers(triton, 
         time.sleep(1)
         together = list(pool.map(ask, range(8)))
         blocker.result()
-    assert executed_batches(triton, "integrated_gradients").get(8, 0) == before + 1
+    wait_for_batches(triton, "integrated_gradients", 8, before + 1)
     for one, other in zip(alone, together):
         assert relative_distance(other["ATTRIBUTIONS"], one["ATTRIBUTIONS"]) <= 1e-5
         assert other["EXPLAINED_CLASS"] == one["EXPLAINED_CLASS"]
@@ -392,7 +400,7 @@ def test_bad_requests_in_a_batch_leave_their_neighbours_alone(triton, images):
         time.sleep(1)
         answers = list(pool.map(ask, range(8)))
         blocker.result()
-    assert executed_batches(triton, "integrated_gradients").get(8, 0) == before + 1
+    wait_for_batches(triton, "integrated_gradients", 8, before + 1)
     for index, answer in enumerate(answers):
         if index in bad:
             assert answer.status() == "StatusCode.INVALID_ARGUMENT"
