@@ -51,21 +51,25 @@ class MeanSlopeActivation(nn.Module):
         slopes = _mean_relu_slopes(here, paired)
         if self.ceiling > 0:
             slopes -= _mean_relu_slopes(here - self.ceiling, paired)
-        # Its value is that of the activation, its derivative is the slope.
-        rest = self.activation(here).addcmul_(here, slopes, value=-1.0)
-        return torch.addcmul(rest, inputs, slopes)
+        return _with_value(inputs * slopes, self.activation(here))
+
+
+def _with_value(outputs: Tensor, values: Tensor) -> Tensor:
+    """``outputs``, differentiated as before, with other values: no copy of what autograd keeps."""
+    outputs.detach().copy_(values)
+    return outputs
 
 
 def _mean_relu_slopes(here: Tensor, paired: Tensor, tiny: float = 1e-30) -> Tensor:
-    """Mean slopes of max(x, 0): the larger end over the distance of the ends, if that is between 0 and 1.
-
-    ``tiny`` makes it the slope at the point itself where nothing moves.
-    """
-    steps = torch.zeros_like(here)
-    torch.sub(here[1:], here[:-1], out=steps[:-1])
-    steps *= paired.to(here).view([-1] + [1] * (here.dim() - 1))
-    larger = steps.relu().add_(here)
-    return larger.div_(steps.abs_().add_(tiny)).clamp_(0.0, 1.0)
+    """Mean slopes of max(x, 0) from each row to the next: 0 where nothing moves; at the point itself if not paired."""
+    values = here.relu()
+    # As if the next row of one that is not paired were 0, where the quotient is the slope at the point.
+    following = paired[:-1].to(here).view([-1] + [1] * (here.dim() - 1))
+    slopes = torch.empty_like(here)
+    torch.addcmul(values[:-1], values[1:], following, value=-1.0, out=slopes[:-1])
+    slopes[:-1].div_(torch.addcmul(here[:-1], here[1:], following, value=-1.0).add_(tiny))
+    torch.gt(here[-1:], 0.0, out=slopes[-1:])
+    return slopes
 
 
 class MeanSlopeMaxPool(nn.Module):
@@ -86,18 +90,40 @@ class MeanSlopeMaxPool(nn.Module):
         )
         if paired is None:
             return values
-        flat = inputs.permute(0, 2, 3, 1).flatten(1, 2)  # [n, places, channels], as channels_last lies in memory
-        leaders = places.permute(0, 2, 3, 1).flatten(1, 2)
-        next_leaders = torch.where(paired.view(-1, 1, 1), torch.cat((leaders[1:], leaders[-1:])), leaders)
-        both = torch.cat((leaders, next_leaders), dim=1)
-        leading, following = flat.gather(1, both).chunk(2, dim=1)
-        here = flat.detach()
-        ahead_leading, ahead_following = torch.cat((here[1:], here[-1:])).gather(1, both).chunk(2, dim=1)
-        lead = (leading - following).detach() + 1e-30  # where they are one, the share is 1
-        share = lead / (lead + (ahead_following - ahead_leading))
-        pooled = torch.lerp(following, leading, share)
-        pooled = pooled + (leading - pooled).detach()  # the value is the leader's
-        return pooled.view(values.shape[0], values.shape[2], values.shape[3], values.shape[1]).permute(0, 3, 1, 2)
+        changes = (places[:-1] != places[1:]) & paired[:-1].view(-1, 1, 1, 1)
+        changes = changes.permute(0, 2, 3, 1).reshape(-1)  # as channels_last lies in memory
+        if inputs.is_cuda:  # all places: their number must not depend on the data where passes are captured
+            return _share_gradients(inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes)
+        changed = changes.nonzero()[:, 0]
+        return _share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
+
+
+def _share_gradients(
+    inputs: Tensor, values: Tensor, leaders: Tensor, at: Tensor, is_changed: Tensor, tiny: float = 1e-30
+) -> Tensor:
+    """``values`` of max pooling whose gradient goes to two places of ``inputs`` each, where ``is_changed``.
+
+    Args:
+        inputs: [n, channels, height, width].
+        values: [n, channels, height, width] after pooling.
+        leaders: their places in a channel of ``inputs``.
+        at: int64 [k], numbers of values, channels last, but none of the last row.
+        is_changed: bool [k], whether another place leads in the next row.
+    """
+    rows, channels, height, width = values.shape
+    row, input_row = values[0].numel(), inputs[0].numel()
+    flat_values, flat_inputs, flat_leaders = (
+        tensor.permute(0, 2, 3, 1).reshape(-1) for tensor in (values, inputs, leaders)
+    )
+    first = torch.div(at, row, rounding_mode="floor") * input_row + at % channels
+    leading_at = first + flat_leaders[at] * channels
+    following_at = first + flat_leaders[at + row] * channels
+    leading, following = flat_values.index_select(0, at), flat_inputs.index_select(0, following_at)
+    lead = (leading - following).detach() + tiny  # where both are one place, all is the leader's
+    lead_of_following = (flat_values[at + row] - flat_inputs[leading_at + input_row]).detach()
+    moved = (following - leading) * (lead_of_following / (lead + lead_of_following) * is_changed)
+    shared = flat_values.index_add(0, at, moved - moved.detach())
+    return shared.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
 _REPLACEMENTS = {nn.ReLU: MeanSlopeActivation, nn.ReLU6: MeanSlopeActivation, nn.MaxPool2d: MeanSlopeMaxPool}

@@ -29,7 +29,7 @@ SINGLE_STEP_MARGIN = 1.3
 # The first number of steps, which only serves to estimate the error of the second, is this part of it.
 PILOT_SHARE = 0.25
 # The least factor from one number of steps to the next that is worth its gradients.
-LEAST_GROWTH = 1.3
+LEAST_GROWTH = 1.5
 # The fewest gradients of a rule that estimates its own error.
 LEAST_STEPS = 3
 # Relative difference and completeness gap of (sum, difference), both [1, ...].
