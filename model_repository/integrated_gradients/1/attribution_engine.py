@@ -48,6 +48,9 @@ class Job:
     then. Else it is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the
     network has them, mean gradients between them.
 
+    With ``parts`` the attribution is a summand: that of the nodes number ``part``, ``part + parts``, ``part + 2 parts``
+    and so on of one of Captum's methods.
+
     With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
     image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
     """
@@ -59,6 +62,8 @@ class Job:
     method: str = "gausslegendre"
     tolerance: float | None = None
     deadline: float | None = None
+    part: int = 0
+    parts: int = 1
     probability: bool = False
     contrast: int | None = None
     nt_samples: int = 1
@@ -81,13 +86,15 @@ class Explanation:
     ``attributions`` is shaped like the image; ``convergence_delta``, a scalar tensor, is Captum's: the sum of the
     attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations;
     ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance or deadline and a mean over noise
-    samples.
+    samples; ``weight_sum`` is the sum of the quadrature's weights, of a part less than 1, and its delta is to as much
+    of the change.
     """
 
     attributions: Tensor
     convergence_delta: Tensor | None
     n_steps: int
     error_estimate: float = math.nan
+    weight_sum: float = 1.0
 
 
 @dataclass
@@ -167,6 +174,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._kept_starts: dict[Hashable, _Start] = {}
         self._lock = threading.Lock()  # the passes share buffers
         self.density = density
+        self.rows_passed = 0
         # By whether any row is paired, which takes longer.
         self._clocks = {False: PassClock(), True: PassClock()}
         self._judging_seconds = 0.0
@@ -291,7 +299,8 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         if job.refines:
             return RefinedRule(job.tolerance, job.n_steps, self._affordable_steps(job, 0, sharing), device)
         if job.method != "calibrated":
-            nodes, weights = quadrature(job.method, job.n_steps)
+            chosen = slice(job.part, None, job.parts)
+            nodes, weights = (values[chosen] for values in quadrature(job.method, job.n_steps))
             return FixedRule(nodes.to(device), weights)
         if self.density is None:
             raise ValueError("the method 'calibrated' needs a density")
@@ -376,6 +385,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         gradients = self.passes.gradients(buffers, last.stop, any_paired)
         for path, rows in chunk:
             path.add(gradients[rows])
+        self.rows_passed += last.stop
         on_gpu = first.image.device.type == "cuda"
         if on_gpu and any(path.job.deadline is not None for path, _ in chunk):
             torch.cuda.synchronize(first.image.device)
@@ -424,8 +434,12 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         attributions = path.attributions
         if attributions is None:
             (attributions,) = self._pull_back(path, path.rule.gradient)
-        delta = attributions.sum() - self._change(path) if with_delta else None
-        return Explanation(attributions, delta, path.rule.n_steps, path.rule.error_estimate)
+        job, weight_sum, delta = path.job, 1.0, None
+        if job.parts > 1:
+            weight_sum = quadrature(job.method, job.n_steps)[1][job.part :: job.parts].sum().item()
+        if with_delta:
+            delta = attributions.sum() - weight_sum * self._change(path)
+        return Explanation(attributions, delta, path.rule.n_steps, path.rule.error_estimate, weight_sum)
 
     def _change(self, path: _Path) -> Tensor:
         """F(image) - F(baseline), a scalar."""
@@ -486,7 +500,7 @@ def _mean(parts: list[Explanation]) -> Explanation:
         delta = torch.stack([part.convergence_delta for part in parts]).mean()
     # Errors that do not cancel add up to no more than their mean.
     estimate = sum(part.error_estimate for part in parts) / len(parts)
-    return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate)
+    return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate, parts[0].weight_sum)
 
 
 def _deadline(job: Job) -> float:
@@ -494,7 +508,7 @@ def _deadline(job: Job) -> float:
 
 
 def _expected_rows(job: Job) -> int:
-    return job.nt_samples * (USUAL_ROWS if job.refines else job.n_steps)
+    return job.nt_samples * (USUAL_ROWS if job.refines else math.ceil(job.n_steps / job.parts))
 
 
 def _is_late(job: Job) -> bool:

@@ -53,6 +53,8 @@ class AttributionParameters(BaseModel):
     deadline_ms: _Number | None = Field(
         None, ge=1, le=60_000, allow_inf_nan=False, description="a number from 1 to 60000"
     )
+    parts: _Integer = Field(1, ge=1, description="an integer from 1 to n_steps")
+    part: _Integer = Field(0, ge=0, description="an integer from 0 to parts - 1")
     nt_samples: _Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
     stdevs: _Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
     seed: _Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
@@ -72,6 +74,15 @@ class AttributionParameters(BaseModel):
             if getattr(self, name) is not None and "method" in self.model_fields_set:
                 places = f"{name!r}, which places its own nodes"
                 raise ParameterError(f"parameter 'method' must be absent beside {places}, not {self.method!r}")
+        if self.parts > 1 and (self.method == "calibrated" or self.tolerance is not None or self.deadline_ms is not None):
+            raise ParameterError(
+                "parameter 'parts' must be absent beside 'tolerance', 'deadline_ms' and the method 'calibrated', "
+                f"not {self.parts}"
+            )
+        if self.part >= self.parts:
+            raise ParameterError(f"parameter 'part' must be below 'parts', {self.parts}, not {self.part}")
+        if self.parts > self.n_steps:
+            raise ParameterError(f"parameter 'parts' must be at most 'n_steps', {self.n_steps}, not {self.parts}")
 
     def check_limits(self, limits: Limits) -> None:
         """Hold the values against the server's limits.

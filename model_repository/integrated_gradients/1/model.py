@@ -70,6 +70,7 @@ class TritonPythonModel:
         except CalibrationError as error:
             self.uncalibrated = str(error)
         self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"], density)
+        self.rows_metric = _rows_metric()
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
@@ -89,11 +90,18 @@ class TritonPythonModel:
                 answer.send(work)
         # Each request is answered when its own rows are done, not when the batch is.
         for index, explanation in self.engine.explain_as_done(jobs):
+            self._count_rows()
             answer = answers[index]
             answer.explanations[index - answers.index(answer)] = explanation
             if len(answer.explanations) == len(answer.work.targets):
                 answer.send(self._respond(answer))
+        self._count_rows()
         return [None] * len(requests)
+
+    def _count_rows(self) -> None:
+        if self.rows_metric is not None:
+            self.rows_metric.increment(self.engine.rows_passed)
+        self.engine.rows_passed = 0
 
     def _read(self, request) -> Work | pb_utils.InferenceResponse:
         """The request as work to do, or the response that refuses it."""
@@ -135,6 +143,8 @@ class TritonPythonModel:
                 method=asked.method,
                 tolerance=asked.tolerance,
                 deadline=deadline,
+                part=asked.part,
+                parts=asked.parts,
                 probability=asked.output == "probability",
                 contrast=asked.contrast,
                 nt_samples=asked.nt_samples,
@@ -164,11 +174,26 @@ class TritonPythonModel:
             "CONVERGENCE_DELTA": deltas[:, None],
             "N_STEPS": np.array([[explanation.n_steps] for explanation in explanations], np.int32),
             "ERROR_ESTIMATE": np.array([[explanation.error_estimate] for explanation in explanations], np.float32),
+            "WEIGHT_SUM": np.array([[explanation.weight_sum] for explanation in explanations], np.float32),
             "RELEVANCE": saliency,
         }
         return pb_utils.InferenceResponse(
             output_tensors=[pb_utils.Tensor(name, array) for name, array in outputs.items() if name in answer.wanted]
         )
+
+
+def _rows_metric() -> pb_utils.Metric | None:
+    """The counter of rows; None from a server built without metrics."""
+    try:
+        family = pb_utils.MetricFamily(
+            name="integrated_gradients_rows_total",
+            description="Gradients taken: images at one point of their path",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        return family.Metric(labels={})
+    except pb_utils.TritonModelException as error:
+        pb_utils.Logger.log_warn(f"no metrics: {error}")
+        return None
 
 
 def _refuse(message: str) -> pb_utils.InferenceResponse:

@@ -1,0 +1,169 @@
+"""How an explanation is cut into levels, each of which asks for the gradients that the ones before left out.
+
+A rule of known nodes comes in interleaved parts: every eighth node, then those halfway between, and so on. The parts so
+far, divided by the sum of their weights, approximate the attribution; all of them add up to it. A request that finds
+its steps by itself (a tolerance, a deadline, the method ``calibrated``) has no such parts; a rough one goes before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# The fewest nodes of a part that says something about the whole path.
+LEAST_NODES = 4
+# The most of one request: between two of them a stream can be cancelled.
+MOST_NODES = 32
+# What goes before a request that finds its own steps: three gradients.
+ROUGH_TOLERANCE = 0.5
+# Two interleaved sums of as many nodes relate like a trapezoid and a midpoint sum: of a jump at a random place, the
+# difference is half an interval, and the error of their mean 1/sqrt(12) of it. The rest is margin.
+ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
+DEFAULT_N_STEPS = 50
+
+Parameters = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Requests to `integrated_gradients`, by their parameters.
+
+    Each ``is_part`` of one attribution, or is an attribution by itself.
+    """
+
+    requests: Sequence[Parameters]
+    is_part: bool
+
+
+def plan_levels(parameters: Parameters) -> list[Level]:
+    """The levels of a request with those parameters, the last of which makes it what `explain` would answer.
+
+    Values that cannot be read are passed on, to be refused where they are parsed.
+    """
+    whole = Level([parameters], False)
+    if "parts" in parameters or "part" in parameters:
+        return [whole]
+    finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
+    if finds_its_steps or parameters.get("method") == "calibrated":
+        rough = {name: value for name, value in parameters.items() if finds_its_steps or name != "method"}
+        return [Level([{**rough, "tolerance": ROUGH_TOLERANCE}], False), whole] if _is_finer(parameters) else [whole]
+    try:
+        n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
+    except (TypeError, ValueError):
+        return [whole]
+    parts = 1
+    while n_steps >= 2 * parts * LEAST_NODES:
+        parts *= 2
+    if parts == 1:
+        return [whole]
+    levels = [[(0, parts), (parts // 2, parts)]]
+    while parts > 2:
+        parts //= 2
+        levels.append([(parts // 2, parts)])
+    return [
+        Level([{**parameters, "part": part, "parts": parts} for part, parts in _split(level, n_steps)], True)
+        for level in levels
+    ]
+
+
+def _is_finer(parameters: Parameters) -> bool:
+    """Whether a request asks for more than the rough one that would go before it."""
+    try:
+        tolerance = float(parameters.get("tolerance", 0))
+        return tolerance < ROUGH_TOLERANCE and int(parameters.get("n_steps", DEFAULT_N_STEPS)) > 3
+    except (TypeError, ValueError):
+        return False
+
+
+def _split(level: Sequence[tuple[int, int]], n_steps: int) -> list[tuple[int, int]]:
+    """The same nodes in parts of at most ``MOST_NODES``."""
+    split = []
+    for part, parts in level:
+        pieces = math.ceil(n_steps / parts / MOST_NODES)
+        split += [(part + piece * parts, pieces * parts) for piece in range(pieces)]
+    return split
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What `integrated_gradients` answers for n images.
+
+    ``attributions`` [n, ...]; ``convergence_delta``, ``error_estimate`` and ``weight_sum`` [n, 1]; ``n_steps`` [n, 1].
+    """
+
+    attributions: np.ndarray
+    convergence_delta: np.ndarray
+    n_steps: np.ndarray
+    error_estimate: np.ndarray
+    weight_sum: np.ndarray
+
+
+class Sharpening:
+    """The attribution so far."""
+
+    def __init__(self) -> None:
+        self._parts: Attribution | None = None
+        self._steps = 0
+
+    def take(self, answers: Sequence[Attribution], level: Level, is_last: bool) -> Attribution:
+        """Take the answers to a level's requests; the attribution that they make with those before.
+
+        Its steps are all that were spent.
+        """
+        self._steps = self._steps + sum(answer.n_steps for answer in answers)
+        if not level.is_part:
+            (answer,) = answers
+            return _replace_steps(answer, self._steps)
+        if self._parts is None:  # the first level: two parts, or more pieces of them, in order
+            half = len(answers) // 2
+            before, new = _sum(answers[:half]), _sum(answers[half:])
+        else:
+            before, new = self._parts, _sum(answers)
+        self._parts = total = _sum([before, new])
+        change = _mean(before) - _mean(new)
+        scale = _norms(_mean(total))
+        estimate = np.divide(
+            ERROR_PER_DIFFERENCE * _norms(change), scale, out=np.full_like(scale, np.inf), where=scale > 0
+        )
+        weight = np.ones_like(total.weight_sum) if is_last else total.weight_sum
+        return Attribution(
+            total.attributions / _like(weight, total.attributions),
+            total.convergence_delta / weight,
+            self._steps,
+            estimate,
+            weight,
+        )
+
+
+def _replace_steps(answer: Attribution, steps: np.ndarray) -> Attribution:
+    return Attribution(
+        answer.attributions, answer.convergence_delta, steps, answer.error_estimate, answer.weight_sum
+    )
+
+
+def _sum(answers: Sequence[Attribution]) -> Attribution:
+    return Attribution(
+        sum(answer.attributions for answer in answers),
+        sum(answer.convergence_delta for answer in answers),
+        sum(answer.n_steps for answer in answers),
+        np.full_like(answers[0].error_estimate, np.nan),
+        sum(answer.weight_sum for answer in answers),
+    )
+
+
+def _mean(parts: Attribution) -> np.ndarray:
+    return parts.attributions / _like(parts.weight_sum, parts.attributions)
+
+
+def _norms(maps: np.ndarray) -> np.ndarray:
+    """[n, ...] -> [n, 1]"""
+    return np.linalg.norm(maps.reshape(len(maps), -1), axis=1, keepdims=True)
+
+
+def _like(column: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """[n, 1] -> [n, 1, ...]"""
+    return column.reshape(-1, *[1] * (maps.ndim - 1))
