@@ -50,7 +50,7 @@ def plan_levels(parameters: Parameters) -> list[Level]:
     finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
     if finds_its_steps or parameters.get("method") == "calibrated":
         rough = {name: value for name, value in parameters.items() if finds_its_steps or name != "method"}
-        return [Level([{**rough, "tolerance": ROUGH_TOLERANCE}], False), whole] if _is_finer(parameters) else [whole]
+        return [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE)}], False), whole] if _is_finer(parameters) else [whole]
     try:
         n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
     except (TypeError, ValueError):
@@ -129,7 +129,10 @@ class Sharpening:
         estimate = np.divide(
             ERROR_PER_DIFFERENCE * _norms(change), scale, out=np.full_like(scale, np.inf), where=scale > 0
         )
-        weight = np.ones_like(total.weight_sum) if is_last else total.weight_sum
+        weight = total.weight_sum
+        if is_last:  # as it is, whatever its weights add up to: Captum's trapezoid ones fall short of 1
+            weight = np.ones_like(weight)
+            estimate = estimate + np.abs(1 - total.weight_sum)
         return Attribution(
             total.attributions / _like(weight, total.attributions),
             total.convergence_delta / weight,

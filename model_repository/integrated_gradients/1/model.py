@@ -70,7 +70,7 @@ class TritonPythonModel:
         except CalibrationError as error:
             self.uncalibrated = str(error)
         self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"], density)
-        self.rows_metric = _rows_metric()
+        self.rows_family, self.rows_metric = _rows_counter()
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
@@ -97,6 +97,9 @@ class TritonPythonModel:
                 answer.send(self._respond(answer))
         self._count_rows()
         return [None] * len(requests)
+
+    def finalize(self):
+        del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
 
     def _count_rows(self) -> None:
         if self.rows_metric is not None:
@@ -182,18 +185,18 @@ class TritonPythonModel:
         )
 
 
-def _rows_metric() -> pb_utils.Metric | None:
-    """The counter of rows; None from a server built without metrics."""
+def _rows_counter() -> tuple[pb_utils.MetricFamily | None, pb_utils.Metric | None]:
+    """The counter of rows and its family, which must live as long; none from a server built without metrics."""
     try:
         family = pb_utils.MetricFamily(
             name="integrated_gradients_rows_total",
             description="Gradients taken: images at one point of their path",
             kind=pb_utils.MetricFamily.COUNTER,
         )
-        return family.Metric(labels={})
+        return family, family.Metric(labels={})
     except pb_utils.TritonModelException as error:
         pb_utils.Logger.log_warn(f"no metrics: {error}")
-        return None
+        return None, None
 
 
 def _refuse(message: str) -> pb_utils.InferenceResponse:
