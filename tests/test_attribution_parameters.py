@@ -63,3 +63,21 @@ def test_tolerance_takes_no_method_and_three_steps():
 def test_other_tolerances_are_refused_by_name(value):
     with pytest.raises(ParameterError, match=r"'tolerance' must be a number from 0.001 to 0.5"):
         parse_parameters({"tolerance": value}, Limits())
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({"parts": 2, "tolerance": 0.1}, "'parts' must be absent beside 'tolerance'"),
+        ({"parts": 2, "deadline_ms": 100}, "'parts' must be absent beside"),
+        ({"parts": 2, "method": "calibrated"}, "'parts' must be absent beside"),
+        ({"parts": 2, "part": 2}, "'part' must be below 'parts', 2, not 2"),
+        ({"part": 1}, "'part' must be below 'parts', 1, not 1"),
+        ({"parts": 9, "n_steps": 8}, "'parts' must be at most 'n_steps', 8, not 9"),
+        ({"parts": 0}, "'parts' must be an integer"),
+    ],
+    ids=str,
+)
+def test_parts_that_make_no_sense_are_refused(sent, message):
+    with pytest.raises(ParameterError, match=message):
+        parse_parameters(sent, Limits())

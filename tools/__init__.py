@@ -4,4 +4,6 @@ import sys
 
 from tools.paths import MODEL_REPOSITORY
 
-sys.path[:0] = [str(MODEL_REPOSITORY / name / "1") for name in ("preprocess", "integrated_gradients", "heatmap", "explain_stream")]
+sys.path[:0] = [
+    str(MODEL_REPOSITORY / name / "1") for name in ("preprocess", "integrated_gradients", "heatmap", "explain_stream")
+]

@@ -102,11 +102,11 @@ class TritonPythonModel:
             answers = []
             for parameters in level.requests:
                 if stream.sender.is_cancelled():
-                    raise StreamError(
-                        pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
-                    )
+                    raise StreamError(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
                 inputs = {"PIXELS": pixels, "LOGITS": logits, "TARGET": target}
-                found = self._ask("integrated_gradients", inputs, ATTRIBUTION_ANSWERS, _with_time_left(parameters, stream))
+                found = self._ask(
+                    "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, _with_time_left(parameters, stream)
+                )
                 answers.append(Attribution(*(found[name] for name in ATTRIBUTION_ANSWERS)))
             is_last = level is levels[-1]
             yield self._outputs(stream, pixels, sharpening.take(answers, level, is_last)), is_last

@@ -50,7 +50,9 @@ def plan_levels(parameters: Parameters) -> list[Level]:
     finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
     if finds_its_steps or parameters.get("method") == "calibrated":
         rough = {name: value for name, value in parameters.items() if finds_its_steps or name != "method"}
-        return [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE)}], False), whole] if _is_finer(parameters) else [whole]
+        return (
+            [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE)}], False), whole] if _is_finer(parameters) else [whole]
+        )
     try:
         n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
     except (TypeError, ValueError):
@@ -143,9 +145,7 @@ class Sharpening:
 
 
 def _replace_steps(answer: Attribution, steps: np.ndarray) -> Attribution:
-    return Attribution(
-        answer.attributions, answer.convergence_delta, steps, answer.error_estimate, answer.weight_sum
-    )
+    return Attribution(answer.attributions, answer.convergence_delta, steps, answer.error_estimate, answer.weight_sum)
 
 
 def _sum(answers: Sequence[Attribution]) -> Attribution:

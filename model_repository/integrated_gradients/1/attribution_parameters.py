@@ -74,7 +74,9 @@ class AttributionParameters(BaseModel):
             if getattr(self, name) is not None and "method" in self.model_fields_set:
                 places = f"{name!r}, which places its own nodes"
                 raise ParameterError(f"parameter 'method' must be absent beside {places}, not {self.method!r}")
-        if self.parts > 1 and (self.method == "calibrated" or self.tolerance is not None or self.deadline_ms is not None):
+        if self.parts > 1 and (
+            self.method == "calibrated" or self.tolerance is not None or self.deadline_ms is not None
+        ):
             raise ParameterError(
                 "parameter 'parts' must be absent beside 'tolerance', 'deadline_ms' and the method 'calibrated', "
                 f"not {self.parts}"

@@ -1,0 +1,112 @@
+"""How a stream's explanation is cut into levels, and put together again."""
+
+import numpy as np
+import pytest
+import torch
+from attribution_engine import IntegratedGradients, Job
+from conftest import relative_distance, scene_pixels
+from stream_levels import MOST_NODES, Attribution, Level, Sharpening, plan_levels
+
+
+def nodes_of(level: Level) -> list[int]:
+    """The numbers of the nodes that a level's requests take."""
+    nodes = []
+    for sent in level.requests:
+        taken = list(range(sent["part"], int(sent["n_steps"]), sent["parts"]))
+        assert 1 <= len(taken) <= MOST_NODES
+        nodes += taken
+    return nodes
+
+
+@pytest.mark.parametrize("n_steps", [8, 9, 20, 50, "50", 200, 1000])
+def test_levels_take_every_node_once_and_double(n_steps):
+    levels = plan_levels({"n_steps": n_steps, "output": "probability"})
+    per_level = [nodes_of(level) for level in levels]
+    assert sorted(sum(per_level, [])) == list(range(int(n_steps)))
+    so_far = np.cumsum([len(nodes) for nodes in per_level])
+    assert so_far[0] >= 8
+    assert all(abs(now - 2 * before) <= 1 for before, now in zip(so_far, so_far[1:]))
+    assert all(sent["output"] == "probability" for level in levels for sent in level.requests)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"n_steps": 7},
+        {"n_steps": "x"},
+        {"n_steps": None},
+        {"tolerance": "?"},
+        {"tolerance": 0.5},
+        {"part": 1, "parts": 3},
+    ],
+    ids=str,
+)
+def test_what_has_no_levels_or_cannot_be_read_is_asked_as_it_came(parameters):
+    (level,) = plan_levels(parameters)
+    assert list(level.requests) == [parameters]
+
+
+@pytest.mark.parametrize("parameters", [{"tolerance": 0.05}, {"deadline_ms": 400}, {"method": "calibrated"}], ids=str)
+def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
+    rough, whole = plan_levels({"n_steps": 20, **parameters})
+    (sent,) = rough.requests
+    assert (sent["tolerance"], sent["n_steps"], "method" in sent) == ("0.5", 20, False)
+    assert list(whole.requests) == [{"n_steps": 20, **parameters}]
+
+
+def answer_to(engine: IntegratedGradients, image: torch.Tensor, **options) -> Attribution:
+    (found,) = engine.explain([Job(image, torch.zeros_like(image), 4, **options)])
+    return Attribution(
+        found.attributions[None].numpy(),
+        np.array([[found.convergence_delta.item()]]),
+        np.array([[found.n_steps]]),
+        np.array([[found.error_estimate]]),
+        np.array([[found.weight_sum]]),
+    )
+
+
+@pytest.mark.parametrize("method", ["gausslegendre", "riemann_trapezoid"])
+def test_levels_sharpen_into_the_whole(served_module, method):
+    engine = IntegratedGradients(served_module)
+    image = scene_pixels(0)
+    asked = {"n_steps": 16, "method": method}
+    whole = answer_to(engine, image, **asked)
+    integral = answer_to(engine, image, n_steps=128, method="riemann_middle")
+    levels = plan_levels(asked)
+    sharpening = Sharpening()
+    assert len(levels) == 2
+    for level in levels:
+        answers = [answer_to(engine, image, **sent) for sent in level.requests]
+        last = sharpening.take(answers, level, level is levels[-1])
+        error = relative_distance(last.attributions, integral.attributions)
+        # An estimate of the error: of its order, and rather above.
+        assert 0.5 * error < last.error_estimate[0, 0] < 6 * error
+    assert last.n_steps[0, 0] == 16
+    assert relative_distance(last.attributions, whole.attributions) <= 1e-5
+    assert last.convergence_delta[0, 0] == pytest.approx(whole.convergence_delta[0, 0], abs=1e-4)
+
+
+def test_steps_of_whole_answers_add_up():
+    def answer(value, steps):
+        maps = np.full((1, 3, 2, 2), value)
+        return Attribution(maps, np.zeros((1, 1)), np.array([[steps]]), np.array([[0.1]]), np.ones((1, 1)))
+
+    sharpening, level = Sharpening(), Level([{}], False)
+    sharpening.take([answer(1.0, 3)], level, False)
+    last = sharpening.take([answer(2.0, 8)], level, True)
+    assert last.n_steps[0, 0] == 11
+    np.testing.assert_array_equal(last.attributions, 2.0)
+
+
+@pytest.mark.parametrize("method", ["gausslegendre", "riemann_left", "riemann_trapezoid"])
+def test_parts_add_up_to_the_attribution(served_module, method):
+    engine = IntegratedGradients(served_module)
+    image = scene_pixels(2)
+    options = {"n_steps": 9, "method": method, "nt_samples": 2, "stdevs": 0.1}
+    whole = answer_to(engine, image, **options)
+    parts = [answer_to(engine, image, **options, part=part, parts=4) for part in range(4)]
+    assert [part.n_steps[0, 0] for part in parts] == [6, 4, 4, 4]
+    assert relative_distance(sum(part.attributions for part in parts), whole.attributions) <= 1e-5
+    assert sum(part.weight_sum for part in parts) == pytest.approx(whole.weight_sum)
+    if method != "riemann_trapezoid":  # whose weights leave a share of the change to none of its parts
+        assert sum(part.convergence_delta for part in parts) == pytest.approx(whole.convergence_delta, abs=1e-4)
