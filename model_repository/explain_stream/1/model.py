@@ -9,12 +9,13 @@ from __future__ import annotations  # the types of pb_utils are not there yet wh
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from stream_levels import Attribution, Level, Sharpening, plan_levels
+from stream_levels import Attribution, Sharpening, plan_levels
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
@@ -82,7 +83,7 @@ class TritonPythonModel:
                 return
         except StreamError as failure:
             error = failure.error
-        except Exception as failure:  # noqa: BLE001 - anything else would leave the client waiting for ever
+        except Exception as failure:  # anything else would leave the client waiting for ever
             error = pb_utils.TritonError(f"explain_stream failed: {failure!r}", pb_utils.TritonError.INTERNAL)
         with self.lock:
             self.under_way -= 1
@@ -138,7 +139,9 @@ class TritonPythonModel:
             outputs |= self._ask("heatmap", inputs, ("HEATMAP",), stream.parameters)
         return outputs
 
-    def _ask(self, model: str, inputs: dict, outputs: tuple[str, ...], parameters: dict = {}) -> dict[str, np.ndarray]:
+    def _ask(
+        self, model: str, inputs: dict, outputs: tuple[str, ...], parameters: Mapping = MappingProxyType({})
+    ) -> dict[str, np.ndarray]:
         """Another model's answer; what it refuses ends the stream."""
         request = pb_utils.InferenceRequest(
             model_name=model,

@@ -131,17 +131,27 @@ class Sharpening:
         estimate = np.divide(
             ERROR_PER_DIFFERENCE * _norms(change), scale, out=np.full_like(scale, np.inf), where=scale > 0
         )
-        weight = total.weight_sum
+        weight, delta = total.weight_sum, total.convergence_delta / total.weight_sum
         if is_last:  # as it is, whatever its weights add up to: Captum's trapezoid ones fall short of 1
-            weight = np.ones_like(weight)
+            weight, delta = np.ones_like(weight), _whole_delta(total)
             estimate = estimate + np.abs(1 - total.weight_sum)
         return Attribution(
             total.attributions / _like(weight, total.attributions),
-            total.convergence_delta / weight,
+            delta,
             self._steps,
             estimate,
             weight,
         )
+
+
+def _whole_delta(total: Attribution) -> np.ndarray:
+    """[n, 1]: the sum of attributions less the whole change of the output.
+
+    A part's own delta is less its share of that change only, and shares that do not add up to 1 leave some out.
+    """
+    sums = total.attributions.reshape(len(total.attributions), -1).sum(axis=1, keepdims=True, dtype=np.float64)
+    change = (sums - total.convergence_delta) / total.weight_sum
+    return (sums - change).astype(total.convergence_delta.dtype)
 
 
 def _replace_steps(answer: Attribution, steps: np.ndarray) -> Attribution:
