@@ -4,7 +4,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-slow bench bench-engine lint quality localisation constraints clean
+.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream lint quality localisation constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
@@ -18,8 +18,8 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Every benchmark; so far that is the engine's.
-bench: bench-engine
+# Every benchmark.
+bench: bench-engine bench-deadlines bench-stream
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,6 +28,14 @@ lint: $(INSTALLED)
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
 	$(BIN)/python -m tools.bench_engine $(ARGS)
+
+# Whether answers keep their deadlines, and what a longer one buys.
+bench-deadlines: $(INSTALLED)
+	$(BIN)/python -m tools.bench_deadlines $(ARGS)
+
+# When a stream's prediction comes while other clients' gradients fill the machine.
+bench-stream: $(INSTALLED)
+	$(BIN)/python -m tools.bench_stream $(ARGS)
 
 # How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
 quality: $(INSTALLED)

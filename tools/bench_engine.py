@@ -17,17 +17,11 @@ compiled joint graph of forward and backward (torch.compile; on a CPU it needs a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +29,41 @@ import captum.attr
 import torch
 from attribution_engine import IntegratedGradients, Job
 from classifier_network import Rows
-from engine_loading import PRECISIONS, allow_tf32, build_engine
-from torch import Tensor
+from engine_loading import PRECISIONS, allow_tf32
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tools.export import ensure_exported, load_source
-from tools.paths import MODEL_REPOSITORY, OUTPUTS
+from tools.measuring import (
+    MODEL_FILE,
+    SHAPE,
+    default_device,
+    describe_machine,
+    interleaved,
+    load_engine,
+    medians,
+    relative_distance,
+    timed,
+    write_report,
+)
+from tools.paths import OUTPUTS
 from tools.shapes.dataset import view_pixels
 
-MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
-SHAPE = (3, 224, 224)
 CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 10, 13, 17, 25)
 GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
 # The precision gate on a GPU: images, steps, and the midpoint rule that stands for the integral.
 PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
+# Gauss-Legendre's steps, and what reaches about their accuracy or is asked by it.
+ACCURATE_STEPS = 50
+ACCURATE = {
+    "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
+    "calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
+    "tolerance 0.05": {"tolerance": 0.05},
+    "tolerance 0.02": {"tolerance": 0.02},
+}
 # Road, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as it is used.
 MEMORY_CASES = {
     "engine, 20 requests of 50 steps": ("engine", 1, 50, 20),
@@ -69,7 +80,7 @@ class Contestants:
     def __init__(self, device: torch.device, precision: str, batch: int, max_rows: int = 0) -> None:
         self.device, self.precision = device, precision
         self.images = view_pixels("test", range(batch)).to(device)
-        self.engine = build_engine(MODEL_FILE, device, SHAPE, max_rows, precision)
+        self.engine = load_engine(device, precision, max_rows)
         self.eager = load_source("shapes").module.to(device)
         self.tuned_module = self.engine.network
         with torch.no_grad():
@@ -77,15 +88,23 @@ class Contestants:
         self.targets = self.logits.argmax(dim=1)
         self.tuned_batch = 8
 
+    def jobs(self, steps: Sequence[int]) -> list[Job]:
+        """One job an image, with those steps."""
+        baseline = torch.zeros(SHAPE, device=self.device)
+        return [
+            Job(image, baseline, target, n, image_logits=logits, baseline_key="zero")
+            for image, target, n, logits in zip(self.images, self.targets.tolist(), steps, self.logits)
+        ]
+
     def run_engine(self, batch: int, n_steps: int | tuple[int, ...]) -> None:
         steps = n_steps if isinstance(n_steps, tuple) else (n_steps,) * batch
-        baseline = torch.zeros(SHAPE, device=self.device)
-        jobs = [
-            Job(image, baseline, target, n, image_logits=logits, baseline_key="zero")
-            for image, target, n, logits in zip(self.images[:batch], self.targets.tolist(), steps, self.logits)
-        ]
-        results = self.engine.explain(jobs)
+        results = self.engine.explain(self.jobs(steps))
         torch.stack([result.attributions for result in results]).cpu()
+
+    def run_options(self, **options: Any) -> None:
+        """One image, with whatever options of a job."""
+        (found,) = self.engine.explain([replace(self.jobs((1,))[0], **options)])
+        found.attributions.cpu()
 
     def run_captum(self, batch: int, n_steps: int) -> None:
         """(a)"""
@@ -117,24 +136,6 @@ class Contestants:
         self.tuned_batch = min(sizes, key=lambda size: statistics.median(seconds[size]))
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds; what runs ends by copying its result to the host, which waits for a GPU."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run in turn, after one warm-up of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
-        for name, run in runs.items():
-            taken = timed(run)
-            if repeat >= 0:
-                seconds[name].append(taken)
-    return seconds
-
-
 def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     seconds = interleaved(
@@ -145,16 +146,29 @@ def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) ->
         },
         repeats,
     )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    typical = medians(seconds)
     return {
         "batch": batch,
         "n_steps": n_steps,
         "repeats": repeats,
         "seconds": seconds,
-        "median_seconds": medians,
-        "times_captum": medians["captum"] / medians["engine"],
-        "times_tuned": medians["tuned"] / medians["engine"],
+        "median_seconds": typical,
+        "times_captum": typical["captum"] / typical["engine"],
+        "times_tuned": typical["tuned"] / typical["engine"],
     }
+
+
+def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
+    """What is as accurate as Gauss-Legendre's 50 steps (see ``make quality``), against Captum's 50 steps."""
+    seconds = interleaved(
+        {
+            "captum": lambda: contestants.run_captum(1, ACCURATE_STEPS),
+            "tuned": lambda: contestants.run_tuned(1, ACCURATE_STEPS),
+            **{name: lambda options=options: contestants.run_options(**options) for name, options in ACCURATE.items()},
+        },
+        repeats,
+    )
+    return {"seconds": seconds, "median_seconds": medians(seconds)}
 
 
 def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
@@ -168,12 +182,12 @@ def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
         },
         repeats,
     )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    typical = medians(seconds)
     return {
         "steps": UNLIKE_STEPS,
         "seconds": seconds,
-        "median_seconds": medians,
-        "ratio": medians["unlike"] / medians["equal"],
+        "median_seconds": typical,
+        "ratio": typical["unlike"] / typical["equal"],
     }
 
 
@@ -225,7 +239,7 @@ def compare_chunk_sizes(contestants: Contestants, repeats: int) -> dict[str, flo
     sizes = CHUNK_SIZES if contestants.device.type == "cpu" else GPU_CHUNK_SIZES
     sized = {size: Contestants(contestants.device, contestants.precision, 1, size) for size in sizes}
     seconds = interleaved({str(size): lambda own=own: own.run_engine(1, 100) for size, own in sized.items()}, repeats)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return medians(seconds)
 
 
 def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]:
@@ -244,7 +258,7 @@ def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]
     }
     with torch.no_grad():
         seconds = interleaved(runs, 4 * repeats)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return medians(seconds)
 
 
 def compare_precisions(
@@ -271,11 +285,7 @@ def compare_precisions(
             allow_tf32(precision)  # a graph captured later must be captured under its own setting
             (found,) = contestants[precision].engine.explain([job])
             distances[precision].append(relative_distance(found.attributions.double(), at_nodes))
-    return {name: statistics.median(values) for name, values in distances.items()}
-
-
-def relative_distance(values: Tensor, reference: Tensor) -> float:
-    return ((values - reference).norm() / reference.norm()).item()
+    return medians(distances)
 
 
 def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
@@ -313,22 +323,6 @@ def _peak_resident_mb() -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-        hardware = f"{os.cpu_count()} cores of {name}, {torch.get_num_threads()} threads"
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "hardware": hardware,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "captum")},
-    }
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
@@ -340,6 +334,11 @@ def table(report: dict[str, Any]) -> str:
         ratios = f"{row['times_captum']:.2f} | {row['times_tuned']:.2f}"
         lines.append(f"| {row['batch']} | {row['n_steps']} | {seconds} | {ratios} | {row['repeats']} |")
     lines += ["", f"Left out, over {report['most_rows']} rows: {', '.join(report['left_out']) or 'nothing'}."]
+    lines += ["", "| one image | time | times (a), 50 steps | times (b), 50 steps |", "|---|---|---|---|"]
+    typical = report["accurate"]["median_seconds"]
+    for name, seconds in typical.items():
+        ratios = f"{typical['captum'] / seconds:.2f} | {typical['tuned'] / seconds:.2f}"
+        lines.append(f"| {name} | {1e3 * seconds:.0f} ms | {ratios} |")
     lines += ["", f"Unlike against equal requests of as many rows: {report['unlike']['ratio']:.3f} times the time."]
     lines += ["", "| peak memory | MB |", "|---|---|"]
     lines += [f"| {name} | {megabytes:.0f} |" for name, megabytes in report["memory_mb"].items()]
@@ -363,8 +362,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_engine", description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="on a GPU")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 300])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 4 8; on a GPU 1 to 64")
@@ -400,6 +398,7 @@ def main() -> None:
             compare(contestants, batch, n, arguments.repeats)
             for batch, n in tqdm([(batch, n) for batch, n in cells if batch * n <= most_rows], desc="cells")
         ],
+        "accurate": compare_accurate(contestants, arguments.repeats),
         "unlike": compare_unlike(contestants, arguments.repeats),
         "max_rows_seconds": compare_chunk_sizes(contestants, arguments.repeats),
         "pass_seconds": compare_compiled(contestants, arguments.repeats) if arguments.compiled else None,
@@ -407,11 +406,7 @@ def main() -> None:
         "profile": profile_engine(contestants),
         "memory_mb": measure_memory(device, arguments.precision),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
-    print(table(report))
-    print(f"wrote {arguments.out}")
+    write_report(report, table(report), arguments.out)
 
 
 if __name__ == "__main__":

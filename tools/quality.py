@@ -25,15 +25,13 @@ from typing import Any
 import path_rules
 import torch
 from attribution_engine import Explanation, Job
-from engine_loading import build_engine
-from path_density import FILE_NAME, PathDensity
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.bench_engine import MODEL_FILE, SHAPE, describe_machine, relative_distance
 from tools.export import ensure_exported
 from tools.faithfulness import curves
 from tools.integrals import EXPLAINED_OUTPUTS, load_or_integrate
+from tools.measuring import default_device, describe_machine, load_engine, load_manifest, medians, relative_distance
 from tools.paths import OUTPUTS
 from tools.quality_report import plot, table
 from tools.shapes.dataset import draw_view, view_pixels
@@ -76,12 +74,11 @@ class HeldOut:
     """Held-out images, the demo network's engine, and what is kept between runs."""
 
     def __init__(self, device: torch.device, reference_steps: int, folder: Path) -> None:
-        manifest = json.loads(MODEL_FILE.with_name("manifest.json").read_text())
-        density = PathDensity.load(MODEL_FILE.with_name(FILE_NAME), manifest["model_sha256"])
         self.device, self.reference_steps = device, reference_steps
-        self.engine = build_engine(MODEL_FILE, device, SHAPE, precision="ieee", density=density)
+        self.engine = load_engine(device, "ieee")
+        density = self.engine.density
         # Integrals are the network's; errors also depend on what places nodes and weighs them.
-        self.folder = folder / manifest["weights_sha256"][:12]
+        self.folder = folder / load_manifest()["weights_sha256"][:12]
         code = Path(path_rules.__file__).parent
         files = [code / f"{name}.py" for name in ("path_rules", "path_quadrature", "path_density")]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
@@ -103,6 +100,11 @@ class HeldOut:
             baseline_key="zero",
         )
 
+    def integral(self, view: int, job: Job) -> dict[str, Tensor]:
+        """The integral of each output along a job's path, [3, height, width]; computed where it is not kept."""
+        file = self.folder / f"integrals_{self.reference_steps}" / f"{view}.npz"
+        return load_or_integrate(file, self.engine, job.image, job.target, self.reference_steps)
+
     def results(self, views: range, outputs: list[str]) -> list[dict[str, Any]]:
         """One entry for each image and output, measured where it is not known."""
         known = self.results_file.read_text().splitlines() if self.results_file.is_file() else []
@@ -117,8 +119,7 @@ class HeldOut:
     def measure(self, view: int, output: str) -> dict[str, Any]:
         """One image: name of a rule -> error, rank correlation, gap, steps and error estimate."""
         job = self.job(view, output)
-        file = self.folder / f"integrals_{self.reference_steps}" / f"{view}.npz"
-        integral = load_or_integrate(file, self.engine, job.image, job.target, self.reference_steps)[output]
+        integral = self.integral(view, job)[output]
         names, jobs = zip(*candidates(job))
         found = self.engine.explain(jobs)
         rules = {name: compare(explanation, integral) for name, explanation in zip(names, found)}
@@ -135,7 +136,7 @@ class HeldOut:
                     self.engine.explain([each])[0].attributions.cpu()
                     if repeat >= 0:
                         taken.setdefault(name, []).append(time.perf_counter() - started)
-        return {name: statistics.median(values) for name, values in taken.items()}
+        return medians(taken)
 
     def faithfulness(self, views: range) -> dict[str, dict[str, float]]:
         """For each of some maps: areas under both curves, and shares of the heat on the shapes; means over images."""
@@ -177,8 +178,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.quality", description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--outputs", nargs="+", choices=EXPLAINED_OUTPUTS, default=list(EXPLAINED_OUTPUTS))
     parser.add_argument("--reference-steps", type=int, default=2048)

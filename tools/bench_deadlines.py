@@ -1,0 +1,119 @@
+"""``make bench-deadlines``: whether answers keep their deadlines, and what a longer one buys.
+
+Requests go to the engine one after the other, over held-out images, each with ``deadline_ms`` of one of a few lengths,
+all lengths in turn. For every length: how late answers are, the true error (against the integral of ``make quality``,
+whose kept references serve here too) and how the estimate compares with it. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tools.export import ensure_exported
+from tools.measuring import default_device, describe_machine, relative_distance, write_report
+from tools.paths import OUTPUTS
+from tools.quality import FIRST_VIEW, HeldOut
+
+DEADLINES_MS = (200, 400, 800, 1600)
+MOST_STEPS = 1000
+
+
+def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: int) -> dict[str, list[dict[str, Any]]]:
+    """For each deadline, what came of each request."""
+    views = range(FIRST_VIEW, FIRST_VIEW + images)
+    jobs = [held_out.job(view, "logit") for view in views]
+    integrals = [held_out.integral(view, job)["logit"] for view, job in zip(tqdm(views, desc="integrals"), jobs)]
+    passes = _time_passes(held_out)
+    found: dict[str, list[dict[str, Any]]] = {str(deadline_ms): [] for deadline_ms in deadlines_ms}
+    for number in tqdm(range(requests), desc="requests"):
+        job, integral = jobs[number % images], integrals[number % images]
+        for deadline_ms in deadlines_ms:
+            passes.clear()
+            started = time.monotonic()
+            sent = replace(job, n_steps=MOST_STEPS, deadline=started + deadline_ms / 1000)
+            (explanation,) = held_out.engine.explain([sent])
+            explanation.attributions.cpu()
+            seconds = time.monotonic() - started
+            found[str(deadline_ms)].append(
+                {
+                    "view": views[number % images],
+                    "milliseconds": 1000 * seconds,
+                    "longest_pass_ms": 1000 * max(passes),
+                    "steps": explanation.n_steps,
+                    "error": relative_distance(explanation.attributions, integral),
+                    "estimate": explanation.error_estimate,
+                }
+            )
+    return found
+
+
+def _time_passes(held_out: HeldOut) -> list[float]:
+    """A list that gets the seconds of every pass from now on."""
+    passes, run_chunk = [], held_out.engine._run_chunk
+
+    def timed(*chunk: Any) -> None:
+        started = time.monotonic()
+        run_chunk(*chunk)
+        if held_out.device.type == "cuda":
+            torch.cuda.synchronize(held_out.device)
+        passes.append(time.monotonic() - started)
+
+    held_out.engine._run_chunk = timed
+    return passes
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| deadline | time, median (95 %) | within deadline | within deadline + one chunk | steps, median "
+        "| error, median (95 %) | estimate at least the error | estimate / error, median |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for deadline_ms, answers in report["answers"].items():
+        taken, chunks, steps, errors, estimates = (
+            np.array([answer[key] for answer in answers])
+            for key in ("milliseconds", "longest_pass_ms", "steps", "error", "estimate")
+        )
+        lines.append(
+            f"| {deadline_ms} ms | {np.median(taken):.0f} ({np.percentile(taken, 95):.0f}) ms "
+            f"| {np.mean(taken <= float(deadline_ms)):.0%} | {np.mean(taken <= float(deadline_ms) + chunks):.0%} "
+            f"| {statistics.median(steps):.0f} | {np.median(errors):.4f} ({np.percentile(errors, 95):.4f}) "
+            f"| {np.mean(estimates >= errors):.0%} | {np.median(estimates / errors):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench_deadlines", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--deadlines-ms", type=int, nargs="+", default=list(DEADLINES_MS))
+    parser.add_argument("--requests", type=int, default=50, help="with each deadline (default: 50)")
+    parser.add_argument("--images", type=int, default=10, help="taken in turn (default: 10)")
+    parser.add_argument("--reference-steps", type=int, default=2048)
+    parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where references are kept")
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "deadlines.json")
+    arguments = parser.parse_args()
+    ensure_exported()
+    held_out = HeldOut(arguments.device, arguments.reference_steps, arguments.folder)
+    answers = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
+    report = {
+        "command": " ".join(["python -m tools.bench_deadlines", *sys.argv[1:]]),
+        "machine": describe_machine(arguments.device),
+        "reference_steps": arguments.reference_steps,
+        "answers": answers,
+    }
+    write_report(report, table(report), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the benchmarks and reports share: the demo network's engine, the machine described, runs taken in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from attribution_engine import IntegratedGradients
+from engine_loading import build_engine
+from path_density import FILE_NAME, PathDensity
+from torch import Tensor
+
+from tools.paths import MODEL_REPOSITORY
+
+MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
+SHAPE = (3, 224, 224)
+
+
+def load_manifest() -> dict[str, Any]:
+    """What `tools/export` says of the model file."""
+    return json.loads(MODEL_FILE.with_name("manifest.json").read_text())
+
+
+def load_engine(device: torch.device, precision: str, max_rows: int = 0) -> IntegratedGradients:
+    """The engine as `integrated_gradients` loads it, with the network's calibration."""
+    density = PathDensity.load(MODEL_FILE.with_name(FILE_NAME), load_manifest()["model_sha256"])
+    return build_engine(MODEL_FILE, device, SHAPE, max_rows, precision, density)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds; what runs ends by copying its result to the host, which waits for a GPU."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run in turn, after one warm-up of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-1, repeats):
+        for name, run in runs.items():
+            taken = timed(run)
+            if repeat >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def relative_distance(values: Tensor, reference: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((values - reference).norm() / reference.norm()).item()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        hardware = f"{os.cpu_count()} cores of {name}, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "captum")},
+    }
+
+
+def write_report(report: Mapping[str, Any], markdown: str, file: Path) -> None:
+    """Write a report as JSON and print it as Markdown, with the machine before it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    print(markdown)
+    print(f"wrote {file}")
