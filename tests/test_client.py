@@ -80,10 +80,12 @@ def test_command_explains_what_it_can_and_names_what_it_cannot(server, image_fil
     assert not (tmp_path / "out" / "broken.heatmap.png").exists()
 
 
-def test_readme_example_runs_as_printed(server, image_file, tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    example = example.replace("localhost:8001", server.grpc_url).replace("photo.jpg", str(image_file))
-    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_readme_examples_run_as_printed(server, image_file, tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 3
+    program = "\n".join(examples).replace("localhost:8001", server.grpc_url).replace("photo.jpg", str(image_file))
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "heatmap.png").is_file()
     assert CLASSES[draw_scene("test", 0).label] in result.stdout
+    assert len(re.findall(r"^\d+ steps, error about 0\.\d+$", result.stdout, re.MULTILINE)) == 3
