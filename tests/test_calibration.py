@@ -14,6 +14,7 @@ from path_density import CalibrationError, PathDensity
 from tools.calibrate import gradient_change, load_folder
 from tools.export import build_served
 from tools.integrals import integrate
+from tools.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, _share_gradients
 from tools.shapes.checkpoint import DEMO_CALIBRATION
 
 
@@ -206,3 +207,33 @@ def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, m
     with pytest.raises(CalibrationError) as found:
         PathDensity.load(file, "1234")
     assert message in str(found.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
+    """As on a GPU, where every place of a pooling takes part, in either precision."""
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 2, 6, 6).relu().expand(3, 2, 6, 6).to(dtype).contiguous().requires_grad_()
+    paired = torch.tensor([True, True, False])
+    activated = MeanSlopeActivation(torch.nn.ReLU())(inputs, paired)
+    values, places = torch.nn.functional.max_pool2d_with_indices(activated, 2)
+    changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
+    shared = _share_gradients(activated, values, places, torch.arange(changes.numel()), changes)
+    torch.testing.assert_close(shared, values)
+    (gradient,) = torch.autograd.grad(shared.sum(), inputs)
+    assert gradient.isfinite().all()
+
+
+def test_every_place_or_only_changed_ones_share_gradients_alike():
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 6, 6).requires_grad_()
+    paired = torch.tensor([True, True, False])
+    values, places = torch.nn.functional.max_pool2d_with_indices(inputs, 2)
+    changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
+    assert 0 < changes.sum() < changes.numel()
+    everywhere = _share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
+    pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
+    weights = torch.randn_like(values)
+    (found,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
+    (expected,) = torch.autograd.grad((pool(inputs, paired) * weights).sum(), inputs)
+    torch.testing.assert_close(found, expected)

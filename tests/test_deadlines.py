@@ -144,3 +144,21 @@ def test_clock_knows_passes_between_and_beyond_those_it_saw():
     for _ in range(20):
         clock.record(8, 1.2)
     assert clock.estimate(8) == pytest.approx(1.2, rel=0.01)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_all_of_a_batch_are_answered_though_none_has_time(engine, fake_time, count):
+    jobs = [job(fake_time, 1, index % 3) for index in range(count)]
+    found = engine.explain(jobs)
+    assert all(explanation is not None and explanation.n_steps >= 3 for explanation in found)
+
+
+def test_too_few_steps_for_a_deadline_are_refused(engine, fake_time):
+    with pytest.raises(ValueError, match="at least 3 steps, not 2"):
+        engine.explain([job(fake_time, 100, n_steps=2)])
+
+
+def test_a_job_given_twice_is_explained_twice(engine):
+    twice = Job(scene_pixels(0), torch.zeros_like(scene_pixels(0)), 4, n_steps=3)
+    one, other = engine.explain([twice, twice])
+    assert torch.equal(one.attributions, other.attributions)

@@ -40,6 +40,7 @@ def test_levels_take_every_node_once_and_double(n_steps):
         {"tolerance": "?"},
         {"tolerance": 0.5},
         {"part": 1, "parts": 3},
+        {"tolerance": 0.1, "method": "riemann_left"},
     ],
     ids=str,
 )
@@ -52,7 +53,7 @@ def test_what_has_no_levels_or_cannot_be_read_is_asked_as_it_came(parameters):
 def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
     rough, whole = plan_levels({"n_steps": 20, **parameters})
     (sent,) = rough.requests
-    assert (sent["tolerance"], sent["n_steps"], "method" in sent) == ("0.5", 20, False)
+    assert (sent["tolerance"], sent["n_steps"], "method" in sent) == ("0.5", 3, False)
     assert list(whole.requests) == [{"n_steps": 20, **parameters}]
 
 

@@ -105,7 +105,7 @@ def test_prediction_comes_first_then_ever_better_attributions(server, triton, im
     "parameters",
     [
         {"n_steps": 20, "method": "riemann_trapezoid", "output": "probability"},
-        {"tolerance": "0.05"},
+        {"tolerance": 0.05, "clip_percentile": 98.5},
         {"method": "calibrated", "n_steps": 10},
         {"n_steps": 8, "nt_samples": 2, "baseline": "blur"},
         {"n_steps": 4, "contrast": 5},
@@ -160,6 +160,8 @@ def test_only_wanted_outputs_come_and_are_worked_for(server, image):
         (None, None, {"n_steps": "many"}, "'n_steps' must be an integer", 1),
         (None, None, {"steps": 8}, "unknown parameter 'steps'", 1),
         (None, None, {"tolerance": 7}, "'tolerance' must be a number", 1),
+        (None, None, {"deadline_ms": 60001}, "'deadline_ms' must be a number", 1),
+        (None, None, {"deadline_ms": 50, "method": "calibrated"}, "'method' must be absent", 1),
         (None, None, {"deadline_ms": "soon"}, "'deadline_ms' must be a number", 1),
         (None, None, {"overlay": "disco", "n_steps": 4}, "'overlay' must be one of", 1),
     ],

@@ -61,8 +61,8 @@ ACCURATE_STEPS = 50
 ACCURATE = {
     "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
     "calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
-    "tolerance 0.05": {"tolerance": 0.05},
-    "tolerance 0.02": {"tolerance": 0.02},
+    "tolerance 0.05": {"tolerance": 0.05, "n_steps": 200},
+    "tolerance 0.02": {"tolerance": 0.02, "n_steps": 200},
 }
 # Road, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as it is used.
 MEMORY_CASES = {

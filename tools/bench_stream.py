@@ -103,7 +103,7 @@ def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, cal
         for _ in range(calls):
             seconds[CALLS[0]][condition].append(timed(caller.classify))
             seconds[CALLS[1]][condition].append(caller.first_response())
-            time.sleep(0.3)  # what was cancelled ends at the next chunk
+            time.sleep(0.3)  # what was under way when it was cancelled comes to its end
 
     for _ in range(3):
         caller.classify()

@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from tools.export import PREPROCESSING, ensure_exported
 from tools.integrals import EXPLAINED_OUTPUTS, integrands
+from tools.measuring import SHAPE, default_device
 from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
 
 INTERVALS = 64
 SCALE_STEPS = (4, 8)
-SHAPE = (3, 224, 224)
 
 
 def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int = INTERVALS) -> dict[str, Tensor]:
@@ -96,8 +96,7 @@ def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: drawn shapes)")
     parser.add_argument("--count", type=int, default=32, help="images to take (default: %(default)s)")
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)

@@ -48,10 +48,12 @@ class MeanSlopeActivation(nn.Module):
         if paired is None:
             return self.activation(inputs)
         here = inputs.detach()
+        if here.dtype == torch.float16:  # which has no room for what keeps quotients from 0 / 0
+            here = here.float()
         slopes = _mean_relu_slopes(here, paired)
         if self.ceiling > 0:
             slopes -= _mean_relu_slopes(here - self.ceiling, paired)
-        return _with_value(inputs * slopes, self.activation(here))
+        return _with_value(inputs * slopes.to(inputs.dtype), self.activation(inputs.detach()))
 
 
 def _with_value(outputs: Tensor, values: Tensor) -> Tensor:
@@ -121,9 +123,11 @@ def _share_gradients(
     leading_at = first + flat_leaders[at] * channels
     following_at = first + flat_leaders[at + row] * channels
     leading, following = flat_values.index_select(0, at), flat_inputs.index_select(0, following_at)
-    lead = (leading - following).detach() + tiny  # where both are one place, all is the leader's
+    wide = torch.float32 if values.dtype == torch.float16 else values.dtype  # where tiny is not 0
+    lead = (leading - following).detach().to(wide) + tiny  # where both are one place, all is the leader's
     lead_of_following = (flat_values[at + row] - flat_inputs[leading_at + input_row]).detach()
-    moved = (following - leading) * (lead_of_following / (lead + lead_of_following) * is_changed)
+    share = lead_of_following / (lead + lead_of_following) * is_changed
+    moved = (following - leading) * share.to(values.dtype)
     shared = flat_values.index_add(0, at, moved - moved.detach())
     return shared.view(rows, height, width, channels).permute(0, 3, 1, 2)
 

@@ -7,8 +7,10 @@ is something to wait for, and streams take turns. Predictions have threads of th
 from __future__ import annotations  # the types of pb_utils are not there yet when this is read
 
 import json
+import math
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -19,8 +21,8 @@ from stream_levels import Attribution, Sharpening, plan_levels
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
-# What is left of a deadline when nothing is left: the least that `integrated_gradients` takes.
-LEAST_DEADLINE_MS = 1.0
+# What `integrated_gradients` takes; other values are passed on, to be refused there.
+LEAST_DEADLINE_MS, MOST_DEADLINE_MS = 1.0, 60_000.0
 
 
 class StreamError(Exception):
@@ -74,7 +76,7 @@ class TritonPythonModel:
 
     def _advance(self, stream: _Stream, answer: Iterator[tuple[dict[str, np.ndarray], bool]]) -> None:
         """Do a stream's next task and line up for the one after it; whatever happens, a stream gets its end."""
-        is_last, error = True, None
+        error = None
         try:
             outputs, is_last = next(answer)
             _send(stream, outputs, is_last)
@@ -84,6 +86,7 @@ class TritonPythonModel:
         except StreamError as failure:
             error = failure.error
         except Exception as failure:  # anything else would leave the client waiting for ever
+            pb_utils.Logger.log_error(f"explain_stream failed: {traceback.format_exc()}")
             error = pb_utils.TritonError(f"explain_stream failed: {failure!r}", pb_utils.TritonError.INTERNAL)
         with self.lock:
             self.under_way -= 1
@@ -91,7 +94,10 @@ class TritonPythonModel:
             _refuse(stream.sender, error)
 
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
-        """The outputs of each response to a stream, and whether it is the last."""
+        """The outputs of each response to a stream, and whether it is the last.
+
+        Between the requests of one level it yields no outputs, for others to have their turn.
+        """
         pixels, logits, probabilities, target = self._predict(stream)
         yield (
             {"PROBABILITIES": probabilities, "EXPLAINED_CLASS": target},
@@ -102,6 +108,8 @@ class TritonPythonModel:
         for level in levels:
             answers = []
             for parameters in level.requests:
+                if answers:
+                    yield {}, False
                 if stream.sender.is_cancelled():
                     raise StreamError(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
                 inputs = {"PIXELS": pixels, "LOGITS": logits, "TARGET": target}
@@ -109,7 +117,7 @@ class TritonPythonModel:
                     "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, _with_time_left(parameters, stream)
                 )
                 answers.append(Attribution(*(found[name] for name in ATTRIBUTION_ANSWERS)))
-            is_last = level is levels[-1]
+            is_last = level is levels[-1] or _time_left_ms(stream) <= 0
             yield self._outputs(stream, pixels, sharpening.take(answers, level, is_last)), is_last
 
     def _predict(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -147,7 +155,8 @@ class TritonPythonModel:
             model_name=model,
             requested_output_names=list(outputs),
             inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
-            parameters=dict(parameters),
+            # Triton 2.51 takes no float here; all parameters may be strings.
+            parameters={name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = request.exec()
@@ -156,16 +165,20 @@ class TritonPythonModel:
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
-def _with_time_left(parameters: dict, stream: _Stream) -> dict:
-    """Parameters whose deadline counts from the stream's arrival, as ones whose deadline counts from now."""
+def _time_left_ms(stream: _Stream) -> float:
+    """Of a stream's deadline, which counts from its arrival; infinite without one, or with one that will be refused."""
+    deadline_ms = stream.parameters.get("deadline_ms")
     try:
-        deadline_ms = float(parameters["deadline_ms"])
-    except (KeyError, TypeError, ValueError):
-        return parameters  # none, or one that will be refused
-    if deadline_ms < LEAST_DEADLINE_MS:
-        return parameters
-    left = deadline_ms - 1000 * (time.monotonic() - stream.arrived)
-    return {**parameters, "deadline_ms": str(max(LEAST_DEADLINE_MS, left))}
+        is_valid = not isinstance(deadline_ms, bool) and LEAST_DEADLINE_MS <= float(deadline_ms) <= MOST_DEADLINE_MS
+    except (TypeError, ValueError):
+        is_valid = False
+    return float(deadline_ms) - 1000 * (time.monotonic() - stream.arrived) if is_valid else math.inf
+
+
+def _with_time_left(parameters: Mapping, stream: _Stream) -> Mapping:
+    """Parameters whose deadline counts from the stream's arrival, as ones whose deadline counts from now."""
+    left = _time_left_ms(stream)
+    return parameters if math.isinf(left) else {**parameters, "deadline_ms": str(max(LEAST_DEADLINE_MS, left))}
 
 
 def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 
 # The fewest nodes of a part that says something about the whole path.
 LEAST_NODES = 4
-# The most of one request: between two of them a stream can be cancelled.
+# The most of one request, for each image: between two of them a stream can be cancelled.
 MOST_NODES = 32
-# What goes before a request that finds its own steps: three gradients.
+# What goes before a request that finds its own steps.
 ROUGH_TOLERANCE = 0.5
+ROUGH_STEPS = 3
 # Two interleaved sums of as many nodes relate like a trapezoid and a midpoint sum: of a jump at a random place, the
 # difference is half an interval, and the error of their mean 1/sqrt(12) of it. The rest is margin.
 ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
@@ -45,14 +46,14 @@ def plan_levels(parameters: Parameters) -> list[Level]:
     Values that cannot be read are passed on, to be refused where they are parsed.
     """
     whole = Level([parameters], False)
-    if "parts" in parameters or "part" in parameters:
-        return [whole]
     finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
+    if "parts" in parameters or "part" in parameters or (finds_its_steps and "method" in parameters):
+        return [whole]
     if finds_its_steps or parameters.get("method") == "calibrated":
-        rough = {name: value for name, value in parameters.items() if finds_its_steps or name != "method"}
-        return (
-            [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE)}], False), whole] if _is_finer(parameters) else [whole]
-        )
+        if not _is_finer(parameters):
+            return [whole]
+        rough = {name: value for name, value in parameters.items() if name != "method"}
+        return [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE), "n_steps": ROUGH_STEPS}], False), whole]
     try:
         n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
     except (TypeError, ValueError):
@@ -76,7 +77,7 @@ def _is_finer(parameters: Parameters) -> bool:
     """Whether a request asks for more than the rough one that would go before it."""
     try:
         tolerance = float(parameters.get("tolerance", 0))
-        return tolerance < ROUGH_TOLERANCE and int(parameters.get("n_steps", DEFAULT_N_STEPS)) > 3
+        return tolerance < ROUGH_TOLERANCE and int(parameters.get("n_steps", DEFAULT_N_STEPS)) > ROUGH_STEPS
     except (TypeError, ValueError):
         return False
 

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from classifier_network import CapturedPasses, EagerPasses, Network, Rows, Unsup
 from pass_clock import PassClock
 from path_density import PathDensity
 from path_quadrature import place_points, quadrature
-from path_rules import FixedRule, LadderRule, RefinedRule
+from path_rules import LEAST_STEPS, FixedRule, LadderRule, RefinedRule
 from torch import Tensor
 
 # Of the sum of absolute attributions: a completeness gap is measured against no smaller change of the output.
@@ -44,7 +44,7 @@ class Job:
 
     With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
     within it, or ``n_steps``, then at least 3, are spent. With a ``deadline``, by ``time.monotonic``, it is the best
-    that there is time for, at most a pass later, and within the tolerance if that comes first. ``method`` is not used
+    that there is time for, at most a pass later (of several in one call: each of them a pass), and within the tolerance if that comes first. ``method`` is not used
     then. Else it is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the
     network has them, mean gradients between them.
 
@@ -274,6 +274,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         needs_pairs = self.network.has_mean_slopes and any(job.refines or job.method == "calibrated" for job in jobs)
         if limit < 2 and needs_pairs:
             raise ValueError("mean gradients between two points take at least two rows a pass")
+        jobs = [replace(job) for job in jobs]  # one that was given twice is two
         numbers = {id(job): index for index, job in enumerate(jobs)}
         parts: dict[int, list[Explanation]] = {index: [] for index in range(len(jobs))}
         with self._lock:
@@ -291,6 +292,8 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         """The rule for one of a job's paths, which shares the passes with so many that are in a hurry, too."""
         device = job.image.device
         output = "probability" if job.probability else "logit"
+        if job.refines and job.n_steps < LEAST_STEPS:
+            raise ValueError(f"a tolerance or a deadline takes at least {LEAST_STEPS} steps, not {job.n_steps}")
         density = self.density or PathDensity.unknown()
         if job.refines and self.network.has_mean_slopes:
             scale, affordable = density.error_scale[output], self._affordable_steps(job, 1, sharing)
@@ -325,6 +328,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         samples = _Samples(sorted(jobs, key=lambda job: (_deadline(job), _expected_rows(job))))
         under_way: list[_Path] = []
         answered: set[int] = set()  # jobs
+        going_on: dict[int, _Path] = {}  # of jobs that are late without an answer, the path that still makes one
         while True:
             # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
             while sum(path.rows_left for path in under_way) < limit and (sample := samples.take()):
@@ -340,9 +344,10 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                     yield path
             # Of noise samples that have no answer yet, one goes on, if none has an answer.
             for path in late:
-                if path in under_way and id(path.job) in answered:
+                if path not in under_way:
+                    continue
+                if id(path.job) in answered or going_on.setdefault(id(path.job), path) is not path:
                     under_way.remove(path)
-                answered.add(id(path.job))
             if not under_way:
                 if samples:
                     continue

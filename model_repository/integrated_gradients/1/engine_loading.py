@@ -65,10 +65,11 @@ def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence
     """A power of two: rows whose activations take at most a share of the free memory."""
     features = network.stem(torch.zeros(1, *image_shape, device=device))
     row = Rows.like(features, torch.float32, 1)
-    network.row_gradients(row)  # the first pass also loads libraries
+    paired = network.has_mean_slopes  # which takes more
+    network.row_gradients(row, paired)  # the first pass also loads libraries
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    network.row_gradients(row)
+    network.row_gradients(row, paired)
     row_bytes = max(1, torch.cuda.max_memory_allocated(device) - before)
     fitting = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0] / row_bytes)
     return 1 << max(1, min(fitting, GPU_MAX_ROWS).bit_length() - 1)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,13 @@ class _Answer:
 
     def __init__(self, request) -> None:
         self._sender = request.get_response_sender()
+        self.is_sent = False
         self.wanted = set(request.requested_output_names())
         self.work: Work | None = None
         self.explanations: dict[int, Explanation | None] = {}
 
     def send(self, response: pb_utils.InferenceResponse) -> None:
+        self.is_sent = True
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
@@ -70,17 +73,31 @@ class TritonPythonModel:
         except CalibrationError as error:
             self.uncalibrated = str(error)
         self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"], density)
-        self.rows_family, self.rows_metric = _rows_counter()
+        self.rows_family, self.rows_metric = _rows_counter(args["model_instance_name"])
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
         )
 
     def execute(self, requests):
+        waiting = [_Answer(request) for request in requests]
+        # Triton must not see an exception: it would answer those again that have been answered, and free them twice.
+        try:
+            self._explain(requests, waiting)
+        except Exception as failure:
+            pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
+            message = f"integrated_gradients failed: {failure!r}"
+            for answer in waiting:
+                if not answer.is_sent:
+                    error = pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL)
+                    answer.send(pb_utils.InferenceResponse(error=error))
+        return [None] * len(requests)
+
+    def _explain(self, requests: list, waiting: list[_Answer]) -> None:
+        """Answer each request as soon as its own rows are done, not when the batch is."""
         arrived = time.monotonic()
         jobs, answers = [], []
-        for request in requests:
-            answer = _Answer(request)
+        for request, answer in zip(requests, waiting):
             work = self._read(request)
             if isinstance(work, Work):
                 answer.work = work
@@ -88,7 +105,6 @@ class TritonPythonModel:
                 answers += [answer] * len(work.targets)
             else:
                 answer.send(work)
-        # Each request is answered when its own rows are done, not when the batch is.
         for index, explanation in self.engine.explain_as_done(jobs):
             self._count_rows()
             answer = answers[index]
@@ -96,7 +112,6 @@ class TritonPythonModel:
             if len(answer.explanations) == len(answer.work.targets):
                 answer.send(self._respond(answer))
         self._count_rows()
-        return [None] * len(requests)
 
     def finalize(self):
         del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
@@ -185,15 +200,18 @@ class TritonPythonModel:
         )
 
 
-def _rows_counter() -> tuple[pb_utils.MetricFamily | None, pb_utils.Metric | None]:
-    """The counter of rows and its family, which must live as long; none from a server built without metrics."""
+def _rows_counter(instance: str) -> tuple[pb_utils.MetricFamily | None, pb_utils.Metric | None]:
+    """The counter of rows and its family, which must live as long; none from a server built without metrics.
+
+    Each process has a counter of its own: Triton would drop a shared one with the first that unloads.
+    """
     try:
         family = pb_utils.MetricFamily(
             name="integrated_gradients_rows_total",
             description="Gradients taken: images at one point of their path",
             kind=pb_utils.MetricFamily.COUNTER,
         )
-        return family, family.Metric(labels={})
+        return family, family.Metric(labels={"instance": instance, "pid": str(os.getpid())})
     except pb_utils.TritonModelException as error:
         pb_utils.Logger.log_warn(f"no metrics: {error}")
         return None, None
