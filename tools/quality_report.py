@@ -32,7 +32,10 @@ def rules_of(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def steps_for(report: dict[str, Any], output: str, method: str, error: float) -> float:
-    """Steps that bring a fixed method's 95th percentile down to ``error``: on log scales; beyond measured ones, a straight line on."""
+    """Steps that bring a fixed method's 95th percentile down to ``error``.
+
+    By lines between measured numbers of steps, and on beyond them, on log scales.
+    """
     measured = [(int(setting), name) for name, kind, setting in rules_of(report) if kind == method]
     counts = np.log([count for count, _ in measured])
     errors = np.log([np.percentile(values_of(report, output, name, "error"), 95) for _, name in measured])

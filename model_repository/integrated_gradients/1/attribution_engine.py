@@ -44,7 +44,7 @@ class Job:
 
     With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
     within it, or ``n_steps``, then at least 3, are spent. With a ``deadline``, by ``time.monotonic``, it is the best
-    that there is time for, at most a pass later (of several in one call: each of them a pass), and within the tolerance if that comes first. ``method`` is not used
+    that there is time for, at most a pass later, and within the tolerance if that comes first. ``method`` is not used
     then. Else it is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the
     network has them, mean gradients between them.
 
