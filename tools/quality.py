@@ -197,7 +197,7 @@ def main() -> None:
         "seconds": held_out.seconds(),
         "faithfulness": held_out.faithfulness(views),
     }
-    (arguments.folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.folder / "quality.json").write_text(json.dumps(report) + "\n")
     (arguments.folder / "quality.md").write_text(table(report))
     plot(report, arguments.folder / "quality.png")
     print(table(report), end="")
