@@ -4,7 +4,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream lint quality localisation constraints clean
+.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream lint quality localisation refusals constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
@@ -44,6 +44,10 @@ quality: $(INSTALLED)
 # How much of the heat lies on the shapes, over 200 held-out images.
 localisation: $(INSTALLED)
 	$(BIN)/python -m tools.shapes.localisation
+
+# What is refused and what the answer says: docs/refusals.md, as a server answers now.
+refusals: $(INSTALLED)
+	$(BIN)/python -m tools.refusals
 
 $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "Python 3.10 to 3.13 is needed, not " + sys.version.split()[0] + "; set PYTHON")'

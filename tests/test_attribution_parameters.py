@@ -81,3 +81,12 @@ def test_other_tolerances_are_refused_by_name(value):
 def test_parts_that_make_no_sense_are_refused(sent, message):
     with pytest.raises(ParameterError, match=message):
         parse_parameters(sent, Limits())
+
+
+def test_cost_of_a_request_is_bounded():
+    limits = Limits(max_gradients=1000)
+    parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(2, limits)
+    with pytest.raises(
+        ParameterError, match=r"'n_steps' times 'nt_samples' times images .* 1000, not 50 x 10 x 3 = 1500"
+    ):
+        parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(3, limits)

@@ -28,7 +28,7 @@ def running_with(text: str) -> list[str]:
 
 def test_nothing_is_left_when_it_stops(repository, tmp_path):
     with EmbeddedServer(repository, Ports.free(), tmp_path / "log") as server:
-        prefix = server._region_prefix
+        prefix = server.region_prefix
         assert list(SHARED_MEMORY.glob(f"{prefix}*"))
         assert running_with(prefix)
         assert urllib.request.urlopen(server.metrics_url).status == 200
@@ -74,8 +74,8 @@ def test_failed_model_is_named_with_its_reason(repository, tmp_path):
     server = EmbeddedServer(repository, Ports.free(), tmp_path / "log")
     with pytest.raises(ServerError, match=r"model heatmap failed to load: .*no colours today"), server:
         pass
-    assert not running_with(server._region_prefix)
-    assert not list(SHARED_MEMORY.glob(f"{server._region_prefix}*"))
+    assert not running_with(server.region_prefix)
+    assert not list(SHARED_MEMORY.glob(f"{server.region_prefix}*"))
 
 
 def test_broken_config_is_named(repository, tmp_path):

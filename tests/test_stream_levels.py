@@ -1,5 +1,6 @@
 """How a stream's explanation is cut into levels, and put together again."""
 
+import math
 from itertools import chain, pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from attribution_engine import IntegratedGradients, Job
 from conftest import relative_distance, scene_pixels
-from stream_levels import MOST_NODES, Attribution, Level, Sharpening, plan_levels
+from stream_levels import MOST_NODES, Attribution, Level, Sharpening, plan_stream
 
 
 def nodes_of(level: Level) -> list[int]:
@@ -22,7 +23,7 @@ def nodes_of(level: Level) -> list[int]:
 
 @pytest.mark.parametrize("n_steps", [8, 9, 20, 50, "50", 200, 1000])
 def test_levels_take_every_node_once_and_double(n_steps):
-    levels = plan_levels({"n_steps": n_steps, "output": "probability"})
+    levels = plan_stream({"n_steps": n_steps, "output": "probability"}).levels
     per_level = [nodes_of(level) for level in levels]
     assert sorted(chain.from_iterable(per_level)) == list(range(int(n_steps)))
     so_far = np.cumsum([len(nodes) for nodes in per_level])
@@ -37,6 +38,9 @@ def test_levels_take_every_node_once_and_double(n_steps):
         {"n_steps": 7},
         {"n_steps": "x"},
         {"n_steps": None},
+        {"n_steps": 2**63 - 1},
+        {"n_steps": math.inf},
+        {"n_steps": math.inf, "tolerance": 0.1},
         {"tolerance": "?"},
         {"tolerance": 0.5},
         {"part": 1, "parts": 3},
@@ -45,13 +49,31 @@ def test_levels_take_every_node_once_and_double(n_steps):
     ids=str,
 )
 def test_what_has_no_levels_or_cannot_be_read_is_asked_as_it_came(parameters):
-    (level,) = plan_levels(parameters)
+    (level,) = plan_stream(parameters).levels
     assert list(level.requests) == [parameters]
+
+
+@pytest.mark.parametrize(
+    ("sent", "milliseconds"),
+    [
+        (400, 400),
+        ("400.5", 400.5),
+        (0, math.inf),
+        (60_001, math.inf),
+        ("nan", math.inf),
+        (True, math.inf),
+        (None, math.inf),
+    ],
+    ids=str,
+)
+def test_a_deadline_that_will_be_refused_is_none(sent, milliseconds):
+    assert plan_stream({"deadline_ms": sent}).deadline_ms == milliseconds
+    assert plan_stream({}).deadline_ms == math.inf
 
 
 @pytest.mark.parametrize("parameters", [{"tolerance": 0.05}, {"deadline_ms": 400}, {"method": "calibrated"}], ids=str)
 def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
-    rough, whole = plan_levels({"n_steps": 20, **parameters})
+    rough, whole = plan_stream({"n_steps": 20, **parameters}).levels
     (sent,) = rough.requests
     assert (sent["tolerance"], sent["n_steps"], "method" in sent) == ("0.5", 3, False)
     assert list(whole.requests) == [{"n_steps": 20, **parameters}]
@@ -75,7 +97,7 @@ def test_levels_sharpen_into_the_whole(served_module, method):
     asked = {"n_steps": 16, "method": method}
     whole = answer_to(engine, image, **asked)
     integral = answer_to(engine, image, n_steps=128, method="riemann_middle")
-    levels = plan_levels(asked)
+    levels = plan_stream(asked).levels
     sharpening = Sharpening()
     assert len(levels) == 2
     for level in levels:

@@ -29,17 +29,22 @@ class Heard:
 class Stream:
     """One request on a gRPC stream of its own."""
 
-    def __init__(self, server, images, targets=None, outputs=None, **parameters):
+    def __init__(self, server, images, targets=None, outputs=None, timeout_seconds=None, **parameters):
         self._said = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-        self.client.start_stream(callback=lambda result, error: self._said.put((result, error)))
+        # With this header an error is the stream's status, not a message without a code.
+        headers = {"triton_grpc_error": "true"}
+        self.client.start_stream(callback=lambda result, error: self._said.put((result, error)), headers=headers)
         inputs = [tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")]
         inputs[0].set_data_from_numpy(np.array(images, np.object_)[:, None])
         if targets is not None:
             inputs.append(tritonclient.grpc.InferInput("TARGET", [len(targets), 1], "INT64"))
             inputs[-1].set_data_from_numpy(np.array(targets, np.int64)[:, None])
         requested = outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
-        self.client.async_stream_infer("explain_stream", inputs, outputs=requested, parameters=parameters)
+        timeout = timeout_seconds and int(1e6 * timeout_seconds)
+        self.client.async_stream_infer(
+            "explain_stream", inputs, outputs=requested, parameters=parameters, timeout=timeout
+        )
 
     def next(self):
         result, error = self._said.get(timeout=60)
@@ -157,6 +162,7 @@ def test_only_wanted_outputs_come_and_are_worked_for(server, image):
         (None, 12, {}, "TARGET must be from -1 .* to 11, not 12", 0),
         (None, -2, {}, "TARGET must be from -1 .* to 11, not -2", 0),
         (None, None, {"n_steps": 0}, "'n_steps' must be an integer", 1),
+        (None, None, {"n_steps": 2**63 - 1}, "'n_steps' must be an integer", 1),
         (None, None, {"n_steps": "many"}, "'n_steps' must be an integer", 1),
         (None, None, {"steps": 8}, "unknown parameter 'steps'", 1),
         (None, None, {"tolerance": 7}, "'tolerance' must be a number", 1),
@@ -171,7 +177,8 @@ def test_an_error_ends_the_stream(server, image, file, target, parameters, messa
     heard = Stream(server, [file or image], None if target is None else [target], **parameters).hear()
     assert len(heard.responses) == responses
     assert not any(heard.finals)
-    assert re.search(message, str(heard.error))
+    assert re.search(message, heard.error.message())
+    assert heard.error.status() == "StatusCode.INVALID_ARGUMENT"
     assert Stream(server, [image], n_steps=1).hear().error is None
 
 
@@ -195,6 +202,7 @@ def test_more_streams_than_the_server_takes_are_refused_and_the_others_answered(
         heards = list(pool.map(lambda _: Stream(server, [image], outputs=["N_STEPS"], n_steps=8).hear(), range(70)))
     refused = [heard for heard in heards if heard.error is not None]
     assert 1 <= len(refused) <= 6
-    assert all("64 streams are under way" in str(heard.error) for heard in refused)
+    assert all("64 streams are under way" in heard.error.message() for heard in refused)
+    assert {heard.error.status() for heard in refused} == {"StatusCode.UNAVAILABLE"}
     assert all(heard.responses[-1]["N_STEPS"][0, 0] == 8 for heard in heards if heard.error is None)
     assert Stream(server, [image], n_steps=1).hear().error is None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from attribution_engine import IntegratedGradients, Job
 from engine_loading import build_engine
-from image_decoding import ImageError, load_pixels
+from image_decoding import ImageError, ImageLimits, load_pixels
 from path_density import FILE_NAME, PathDensity
 from path_rules import ERROR_ORDER
 from torch import Tensor
@@ -86,7 +86,7 @@ def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
         if not file.is_file() or taken == count:
             continue
         try:
-            pixels = load_pixels(file.read_bytes(), PREPROCESSING.mean, PREPROCESSING.std)
+            pixels = load_pixels(file.read_bytes(), PREPROCESSING.mean, PREPROCESSING.std, ImageLimits())
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue

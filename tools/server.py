@@ -2,7 +2,8 @@
 
 The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/pytorch_backend` stands in for
 the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
-127.0.0.1 only. From Python:
+127.0.0.1 only; what is no inference (shared memory, models, logging, tracing) takes a key made at each start. From
+Python:
 
     with EmbeddedServer(ports=Ports.free()) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
@@ -15,6 +16,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -33,6 +35,10 @@ from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
 
 HOST = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
+# What a client that wants predictions does not need, and could harm others with.
+RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
+ADMIN_HEADER = "admin-key"
+KEY_FILE = OUTPUTS / "admin.key"
 
 
 class ServerError(Exception):
@@ -91,7 +97,8 @@ class EmbeddedServer:
         self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
         self.process: subprocess.Popen | None = None
         # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
-        self._region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
+        self.region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
+        self._admin_key = secrets.token_urlsafe(32)
 
     @property
     def http_url(self) -> str:
@@ -104,6 +111,16 @@ class EmbeddedServer:
     @property
     def metrics_url(self) -> str:
         return f"http://{HOST}:{self.ports.metrics}/metrics"
+
+    @property
+    def http_admin_headers(self) -> dict[str, str]:
+        """What opens the restricted APIs over HTTP."""
+        return {ADMIN_HEADER: self._admin_key}
+
+    @property
+    def grpc_admin_headers(self) -> dict[str, str]:
+        """What opens the restricted APIs over gRPC."""
+        return {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
 
     def __enter__(self) -> EmbeddedServer:
         self._check_ports()
@@ -129,7 +146,7 @@ class EmbeddedServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
             self.process.wait()
-        for region in SHARED_MEMORY.glob(f"{self._region_prefix}*"):
+        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
         self._folder.cleanup()
 
@@ -151,13 +168,16 @@ class EmbeddedServer:
             str(server / "bin" / "tritonserver"),
             f"--model-repository={self.repository}",
             f"--backend-directory={self._assemble_backends(server)}",
-            f"--backend-config=python,shm-region-prefix-name={self._region_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             f"--http-address={HOST}",
             f"--grpc-address={HOST}",
             f"--metrics-address={HOST}",
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
+            f"--http-restricted-api={RESTRICTED_APIS}:{ADMIN_HEADER}={self._admin_key}",
+            f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={self._admin_key}",
+            "--model-control-mode=none",
             f"--exit-timeout-secs={self.stop_seconds}",
         ]
         environment = {
@@ -252,6 +272,7 @@ def main() -> None:
             print(f"HTTP     http://{server.http_url}")
             print(f"metrics  {server.metrics_url}")
             print(f"log      {server.log_file}")
+            print(f"key      {_write_key(server)}")
             print("ready; Ctrl-C stops it", flush=True)
             code = server.process.wait()
             sys.exit(f"server: Triton ended by itself with code {code}; see {server.log_file}")
@@ -259,6 +280,16 @@ def main() -> None:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:
         print("stopped")
+    finally:
+        KEY_FILE.unlink(missing_ok=True)
+
+
+def _write_key(server: EmbeddedServer) -> Path:
+    """Leave the key of the restricted APIs where this user alone can read it."""
+    KEY_FILE.unlink(missing_ok=True)
+    with os.fdopen(os.open(KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write("".join(server.http_admin_headers.values()) + "\n")
+    return KEY_FILE
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -142,7 +142,14 @@ class ExplainClient:
         # Triton's Python backend of that release passes strings and integers on, but drops doubles.
         sent = {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
         try:
-            return self._triton.infer(model, inputs, outputs=outputs, parameters=sent, client_timeout=self._timeout)
+            return self._triton.infer(
+                model,
+                inputs,
+                outputs=outputs,
+                parameters=sent,
+                client_timeout=self._timeout,
+                timeout=int(1e6 * self._timeout),  # the server stops working for an answer that nobody waits for
+            )
         except InferenceServerException as error:
             raise ExplainError(error.message()) from error
 

@@ -17,12 +17,14 @@ from types import MappingProxyType
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from stream_levels import Attribution, Sharpening, plan_levels
+from stream_levels import LEAST_DEADLINE_MS, Attribution, Sharpening, plan_stream
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
-# What `integrated_gradients` takes; other values are passed on, to be refused there.
-LEAST_DEADLINE_MS, MOST_DEADLINE_MS = 1.0, 60_000.0
+
+# How the messages begin with which the other models refuse a request, and those of a timeout.
+REFUSALS = ("parameter ", "unknown parameter ", "IMAGE ", "TARGET ", "PIXELS ", "LOGITS ", "RELEVANCE ")
+TIMEOUTS = ("the request's timeout ", "Request timeout expired")
 
 
 class StreamError(Exception):
@@ -36,15 +38,42 @@ class StreamError(Exception):
 class _Stream:
     """A request that is being answered."""
 
-    def __init__(self, request) -> None:
+    def __init__(self, request, sender) -> None:
         self.arrived = time.monotonic()
-        self.sender = request.get_response_sender()
+        self.sender = sender
+        self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.wanted = set(request.requested_output_names())
         self.images = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().copy()
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         self.target = np.full((len(self.images), 1), -1, np.int64) if target is None else target.as_numpy().copy()
         sent = json.loads(request.parameters())
         self.parameters = {name: value for name, value in sent.items() if not name.startswith("triton_")}
+        self.plan = plan_stream(self.parameters)
+
+    def check_wanted(self) -> None:
+        """Whether anybody still waits for it.
+
+        Raises:
+            StreamError: the stream was cancelled, or its timeout is over.
+        """
+        if self.sender.is_cancelled():
+            raise StreamError(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
+        if self.timeout_left() <= 0:
+            message = f"the request's timeout of {self.timeout_seconds:g} s is over"
+            raise StreamError(pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+
+    def timeout_left(self) -> float:
+        """Seconds until nobody waits for it; infinite without a timeout."""
+        return self.timeout_seconds - (time.monotonic() - self.arrived)
+
+    def deadline_left_ms(self) -> float:
+        """What is left of its deadline; infinite without one."""
+        return self.plan.deadline_ms - 1000 * (time.monotonic() - self.arrived)
+
+    def with_time_left(self, parameters: Mapping) -> Mapping:
+        """Parameters whose deadline counts from the stream's arrival, as ones whose deadline counts from now."""
+        left = self.deadline_left_ms()
+        return parameters if math.isinf(left) else {**parameters, "deadline_ms": str(max(LEAST_DEADLINE_MS, left))}
 
 
 class TritonPythonModel:
@@ -63,15 +92,20 @@ class TritonPythonModel:
 
     def execute(self, requests):
         for request in requests:
+            sender = request.get_response_sender()
+            try:
+                stream = _Stream(request, sender)
+            except Exception as failure:  # left to Triton, it would leave the client waiting for ever
+                _refuse(sender, _internal_error(failure))
+                continue
             with self.lock:
                 is_taken = self.under_way < self.max_streams
                 self.under_way += is_taken
             if not is_taken:
                 message = f"{self.max_streams} streams are under way, which is the most this server takes"
                 error = pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE)
-                _refuse(request.get_response_sender(), error)
+                _refuse(sender, error)
                 continue
-            stream = _Stream(request)
             self.predictions.submit(self._advance, stream, self._answer(stream))
 
     def _advance(self, stream: _Stream, answer: Iterator[tuple[dict[str, np.ndarray], bool]]) -> None:
@@ -86,8 +120,7 @@ class TritonPythonModel:
         except StreamError as failure:
             error = failure.error
         except Exception as failure:  # anything else would leave the client waiting for ever
-            pb_utils.Logger.log_error(f"explain_stream failed: {traceback.format_exc()}")
-            error = pb_utils.TritonError(f"explain_stream failed: {failure!r}", pb_utils.TritonError.INTERNAL)
+            error = _internal_error(failure)
         with self.lock:
             self.under_way -= 1
         if error is not None:
@@ -103,27 +136,26 @@ class TritonPythonModel:
             {"PROBABILITIES": probabilities, "EXPLAINED_CLASS": target},
             not stream.wanted.intersection(ATTRIBUTION_OUTPUTS),
         )
-        levels = plan_levels(stream.parameters)
         sharpening = Sharpening()
+        levels = stream.plan.levels
         for level in levels:
             answers = []
             for parameters in level.requests:
                 if answers:
                     yield {}, False
-                if stream.sender.is_cancelled():
-                    raise StreamError(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
                 inputs = {"PIXELS": pixels, "LOGITS": logits, "TARGET": target}
                 found = self._ask(
-                    "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, _with_time_left(parameters, stream)
+                    stream, "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, stream.with_time_left(parameters)
                 )
                 answers.append(Attribution(*(found[name] for name in ATTRIBUTION_ANSWERS)))
-            is_last = level is levels[-1] or _time_left_ms(stream) <= 0
+            is_last = level is levels[-1] or stream.deadline_left_ms() <= 0
             yield self._outputs(stream, pixels, sharpening.take(answers, level, is_last)), is_last
 
     def _predict(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [n, 3, height, width], logits and probabilities [n, classes], and explained classes [n, 1]."""
-        pixels = self._ask("preprocess", {"IMAGE": stream.images}, ("PIXELS",))["PIXELS"]
-        found = self._ask("classifier", {"INPUT__0": pixels}, ("OUTPUT__0", "OUTPUT__1"))
+        pixels = self._ask(stream, "preprocess", {"IMAGE": stream.images}, ("PIXELS",))["PIXELS"]
+        stream.images = None  # a stream may wait long for its turns, and its files may be large
+        found = self._ask(stream, "classifier", {"INPUT__0": pixels}, ("OUTPUT__0", "OUTPUT__1"))
         logits = found["OUTPUT__0"]
         classes = logits.shape[1]
         wrong = stream.target[(stream.target < -1) | (stream.target >= classes)]
@@ -144,41 +176,52 @@ class TritonPythonModel:
         }
         if "HEATMAP" in stream.wanted:
             inputs = {"PIXELS": pixels, "RELEVANCE": saliency}
-            outputs |= self._ask("heatmap", inputs, ("HEATMAP",), stream.parameters)
+            outputs |= self._ask(stream, "heatmap", inputs, ("HEATMAP",), stream.parameters)
         return outputs
 
     def _ask(
-        self, model: str, inputs: dict, outputs: tuple[str, ...], parameters: Mapping = MappingProxyType({})
+        self,
+        stream: _Stream,
+        model: str,
+        inputs: dict,
+        outputs: tuple[str, ...],
+        parameters: Mapping = MappingProxyType({}),
     ) -> dict[str, np.ndarray]:
-        """Another model's answer; what it refuses ends the stream."""
+        """Another model's answer; what it refuses ends the stream, and so does that nobody waits any more."""
+        stream.check_wanted()
+        left = stream.timeout_left()
         request = pb_utils.InferenceRequest(
             model_name=model,
             requested_output_names=list(outputs),
             inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
             # Triton 2.51 takes no float here; all parameters may be strings.
             parameters={name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()},
+            timeout=0 if math.isinf(left) else max(1, int(1e6 * left)),
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = request.exec()
         if response.has_error():
-            raise StreamError(response.error())
+            raise StreamError(_with_code(response.error()))
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
-def _time_left_ms(stream: _Stream) -> float:
-    """Of a stream's deadline, which counts from its arrival; infinite without one, or with one that will be refused."""
-    deadline_ms = stream.parameters.get("deadline_ms")
-    try:
-        is_valid = not isinstance(deadline_ms, bool) and LEAST_DEADLINE_MS <= float(deadline_ms) <= MOST_DEADLINE_MS
-    except (TypeError, ValueError):
-        is_valid = False
-    return float(deadline_ms) - 1000 * (time.monotonic() - stream.arrived) if is_valid else math.inf
+def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
+    """Another model's error with its own code, which Triton 2.51 leaves behind on the way: there all are INTERNAL."""
+    if error.code() != pb_utils.TritonError.INTERNAL:
+        return error
+    for beginnings, code in (
+        (REFUSALS, pb_utils.TritonError.INVALID_ARG),
+        (TIMEOUTS, pb_utils.TritonError.UNAVAILABLE),
+    ):
+        if error.message().startswith(beginnings):
+            return pb_utils.TritonError(error.message(), code)
+    return error
 
 
-def _with_time_left(parameters: Mapping, stream: _Stream) -> Mapping:
-    """Parameters whose deadline counts from the stream's arrival, as ones whose deadline counts from now."""
-    left = _time_left_ms(stream)
-    return parameters if math.isinf(left) else {**parameters, "deadline_ms": str(max(LEAST_DEADLINE_MS, left))}
+def _internal_error(failure: Exception) -> pb_utils.TritonError:
+    """The answer to an error of this model's own, which is logged; call it where that is handled."""
+    pb_utils.Logger.log_error(f"explain_stream failed: {traceback.format_exc()}")
+    return pb_utils.TritonError(f"explain_stream failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
 
 
 def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> None:
@@ -189,7 +232,7 @@ def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> Non
         stream.sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
 
 
-def _refuse(sender: pb_utils.ResponseSender, error: pb_utils.TritonError) -> None:
+def _refuse(sender, error: pb_utils.TritonError) -> None:
     """The response that ends a stream with an error."""
     response = pb_utils.InferenceResponse(error=error)
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

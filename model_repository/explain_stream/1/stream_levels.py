@@ -18,6 +18,8 @@ import numpy as np
 LEAST_NODES = 4
 # The most of one request, for each image: between two of them a stream can be cancelled.
 MOST_NODES = 32
+# Of a request that is cut into levels: a number from a stranger must not make a list as long.
+MOST_STEPS = 100_000
 # What goes before a request that finds its own steps.
 ROUGH_TOLERANCE = 0.5
 ROUGH_STEPS = 3
@@ -25,6 +27,10 @@ ROUGH_STEPS = 3
 # difference is half an interval, and the error of their mean 1/sqrt(12) of it. The rest is margin.
 ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
 DEFAULT_N_STEPS = 50
+# The deadlines that `integrated_gradients` takes.
+LEAST_DEADLINE_MS, MOST_DEADLINE_MS = 1.0, 60_000.0
+# What int() and float() raise at what is no number, or none of theirs.
+UNREADABLE = (TypeError, ValueError, OverflowError)
 
 Parameters = Mapping[str, Any]
 
@@ -40,11 +46,36 @@ class Level:
     is_part: bool
 
 
-def plan_levels(parameters: Parameters) -> list[Level]:
-    """The levels of a request with those parameters, the last of which makes it what `explain` would answer.
+@dataclass(frozen=True)
+class Plan:
+    """What a stream is going to ask, and by when.
 
-    Values that cannot be read are passed on, to be refused where they are parsed.
+    ``levels``, the last of which makes it what `explain` would answer; ``deadline_ms`` counts from the stream's
+    arrival, infinite if there is none.
     """
+
+    levels: Sequence[Level]
+    deadline_ms: float
+
+
+def plan_stream(parameters: Parameters) -> Plan:
+    """Read a request's parameters, once.
+
+    Values that cannot be read are passed on with the levels, to be refused by `integrated_gradients`.
+    """
+    return Plan(_plan_levels(parameters), _read_deadline(parameters))
+
+
+def _read_deadline(parameters: Parameters) -> float:
+    sent = parameters.get("deadline_ms")
+    try:
+        is_valid = not isinstance(sent, bool) and LEAST_DEADLINE_MS <= float(sent) <= MOST_DEADLINE_MS
+    except UNREADABLE:
+        is_valid = False
+    return float(sent) if is_valid else math.inf
+
+
+def _plan_levels(parameters: Parameters) -> list[Level]:
     whole = Level([parameters], False)
     finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
     if "parts" in parameters or "part" in parameters or (finds_its_steps and "method" in parameters):
@@ -56,7 +87,9 @@ def plan_levels(parameters: Parameters) -> list[Level]:
         return [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE), "n_steps": ROUGH_STEPS}], False), whole]
     try:
         n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
-    except (TypeError, ValueError):
+    except UNREADABLE:
+        return [whole]
+    if n_steps > MOST_STEPS:
         return [whole]
     parts = 1
     while n_steps >= 2 * parts * LEAST_NODES:
@@ -78,7 +111,7 @@ def _is_finer(parameters: Parameters) -> bool:
     try:
         tolerance = float(parameters.get("tolerance", 0))
         return tolerance < ROUGH_TOLERANCE and int(parameters.get("n_steps", DEFAULT_N_STEPS)) > ROUGH_STEPS
-    except (TypeError, ValueError):
+    except UNREADABLE:
         return False
 
 

@@ -1,11 +1,16 @@
 """Triton model: attributions and the pixels they belong to in, PNG overlays out."""
 
 import json
+import traceback
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from heatmap_drawing import draw_heatmap
 from heatmap_parameters import ParameterError, parse_parameters
+
+
+class TensorError(ValueError):
+    """A tensor holds what cannot be drawn; the message names it."""
 
 
 class TritonPythonModel:
@@ -21,16 +26,27 @@ class TritonPythonModel:
 
     def _respond(self, request):
         try:
-            parameters = parse_parameters(json.loads(request.parameters()), self.foreign_parameters)
-        except ParameterError as error:
+            heatmaps = self._draw(request)
+        except (ParameterError, TensorError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+        except Exception as failure:  # left to Triton, it would fail the whole batch
+            pb_utils.Logger.log_error(f"heatmap failed: {traceback.format_exc()}")
+            error = pb_utils.TritonError(f"heatmap failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
+            return pb_utils.InferenceResponse(error=error)
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("HEATMAP", heatmaps)])
+
+    def _draw(self, request) -> np.ndarray:
+        """PNG files [n, 1] of a request."""
+        parameters = parse_parameters(json.loads(request.parameters()), self.foreign_parameters)
         pixels, relevance = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("PIXELS", "RELEVANCE")
         )
+        for name, values in (("PIXELS", pixels), ("RELEVANCE", relevance)):
+            if not np.isfinite(values).all():
+                raise TensorError(f"{name} must be finite")
         images = np.clip(np.round(255 * (pixels * self.std + self.mean)), 0, 255).astype(np.uint8)
         files = [
             draw_heatmap(np.ascontiguousarray(image.transpose(1, 2, 0)), map_, parameters)
             for image, map_ in zip(images, relevance)
         ]
-        heatmaps = np.array(files, np.object_)[:, None]
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("HEATMAP", heatmaps)])
+        return np.array(files, np.object_)[:, None]

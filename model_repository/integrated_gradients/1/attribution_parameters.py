@@ -15,10 +15,14 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask at most; settings of the model."""
+    """What a request may ask at most; settings of the model.
+
+    ``max_gradients`` bounds ``n_steps`` times ``nt_samples`` times its images, which is what its time is made of.
+    """
 
     max_n_steps: int = 1000
     max_nt_samples: int = 50
+    max_gradients: int = 5000
 
 
 def _refuse_booleans(value: Any) -> Any:
@@ -103,6 +107,19 @@ class AttributionParameters(BaseModel):
             raise _refusal("n_steps", self.n_steps, limits)
         if self.nt_samples > limits.max_nt_samples:
             raise _refusal("nt_samples", self.nt_samples, limits)
+
+    def check_cost(self, images: int, limits: Limits) -> None:
+        """Hold what a request of so many images may take against the server's limit.
+
+        Raises:
+            ParameterError: it is too much.
+        """
+        gradients = self.n_steps * self.nt_samples * images
+        if gradients > limits.max_gradients:
+            raise ParameterError(
+                f"parameter 'n_steps' times 'nt_samples' times images must be at most {limits.max_gradients}, "
+                f"not {self.n_steps} x {self.nt_samples} x {images} = {gradients}"
+            )
 
 
 def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] = frozenset()) -> AttributionParameters:

@@ -4,6 +4,7 @@ from __future__ import annotations  # the types of pb_utils are not there yet wh
 
 import hashlib
 import json
+import math
 import os
 import time
 import traceback
@@ -21,6 +22,10 @@ from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 
 
+class TensorError(ValueError):
+    """A tensor of a request holds what cannot be explained; the message names it."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One valid request: ``pixels`` [n, 3, height, width] and ``logits`` [n, classes] tensors, ``targets`` resolved."""
@@ -34,23 +39,37 @@ class Work:
 class _Answer:
     """What is known of the answer to a request, and the way back to it."""
 
-    def __init__(self, request) -> None:
-        self._sender = request.get_response_sender()
+    def __init__(self, request, arrived: float) -> None:
+        self._request, self._sender = request, request.get_response_sender()
+        self.timeout_seconds = request.timeout() / 1e6 or math.inf
+        self._given_up = arrived + self.timeout_seconds
         self.is_sent = False
         self.wanted = set(request.requested_output_names())
         self.work: Work | None = None
         self.explanations: dict[int, Explanation | None] = {}
 
+    def is_late(self) -> bool:
+        """Whether the request's timeout is over."""
+        return time.monotonic() >= self._given_up
+
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.is_late() or self._request.is_cancelled()
+
     def send(self, response: pb_utils.InferenceResponse) -> None:
         self.is_sent = True
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def refuse(self, message: str, code: int) -> None:
+        """Answer with an error: ``code`` is one of ``pb_utils.TritonError``'s."""
+        self.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
 
 
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
-        self.limits = Limits(int(settings["max_n_steps"]), int(settings["max_nt_samples"]))
+        self.limits = Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients")))
         self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
         mean, std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
         self.baselines = Baselines(mean, std)
@@ -73,6 +92,11 @@ class TritonPythonModel:
         except CalibrationError as error:
             self.uncalibrated = str(error)
         self.engine = build_engine(file, self.device, shape, int(settings["max_rows"]), settings["precision"], density)
+        with torch.no_grad():
+            example = self.engine.network(torch.zeros(1, *shape, device=self.device))
+        if not example.isfinite().all():
+            raise pb_utils.TritonModelException(f"{file} answers an image with logits that are not finite")
+        self.classes = example.shape[1]
         self.rows_family, self.rows_metric = _rows_counter(args["model_instance_name"])
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
@@ -80,38 +104,42 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        waiting = [_Answer(request) for request in requests]
+        arrived = time.monotonic()
+        answers = [_Answer(request, arrived) for request in requests]
         # Triton must not see an exception: it would answer those again that have been answered, and free them twice.
         try:
-            self._explain(requests, waiting)
+            self._explain(requests, answers, arrived)
         except Exception as failure:
-            pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
-            message = f"integrated_gradients failed: {failure!r}"
-            for answer in waiting:
-                if not answer.is_sent:
-                    error = pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL)
-                    answer.send(pb_utils.InferenceResponse(error=error))
+            self._fail([answer for answer in answers if not answer.is_sent], failure)
         return [None] * len(requests)
 
-    def _explain(self, requests: list, waiting: list[_Answer]) -> None:
+    def _explain(self, requests: list, answers: list[_Answer], arrived: float) -> None:
         """Answer each request as soon as its own rows are done, not when the batch is."""
-        arrived = time.monotonic()
-        jobs, answers = [], []
-        for request, answer in zip(requests, waiting):
-            work = self._read(request)
-            if isinstance(work, Work):
-                answer.work = work
-                jobs += self._jobs(work, arrived, request.is_cancelled)
-                answers += [answer] * len(work.targets)
+        jobs, answer_of_job = [], []
+        for request, answer in zip(requests, answers):
+            try:
+                answer.work = self._read(request)
+                own = self._jobs(answer.work, arrived, answer.is_unwanted)
+            except (ParameterError, TensorError) as refusal:
+                answer.refuse(str(refusal), pb_utils.TritonError.INVALID_ARG)
+            except Exception as failure:
+                self._fail([answer], failure)
             else:
-                answer.send(work)
+                jobs += own
+                answer_of_job += [answer] * len(own)
         for index, explanation in self.engine.explain_as_done(jobs):
             self._count_rows()
-            answer = answers[index]
-            answer.explanations[index - answers.index(answer)] = explanation
+            answer = answer_of_job[index]
+            answer.explanations[index - answer_of_job.index(answer)] = explanation
             if len(answer.explanations) == len(answer.work.targets):
-                answer.send(self._respond(answer))
+                self._respond(answer)
         self._count_rows()
+
+    def _fail(self, answers: list[_Answer], failure: Exception) -> None:
+        """Answer for an error of this model's own."""
+        pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
+        for answer in answers:
+            answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
 
     def finalize(self):
         del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
@@ -121,35 +149,42 @@ class TritonPythonModel:
             self.rows_metric.increment(self.engine.rows_passed)
         self.engine.rows_passed = 0
 
-    def _read(self, request) -> Work | pb_utils.InferenceResponse:
-        """The request as work to do, or the response that refuses it."""
+    def _read(self, request) -> Work:
+        """The request as work to do.
+
+        Raises:
+            ParameterError, TensorError: it is not valid.
+        """
+        parameters = parse_parameters(json.loads(request.parameters()), self.limits, self.foreign_parameters)
+        if parameters.method == "calibrated" and self.uncalibrated:
+            raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
         pixels, logits = (
-            torch.from_numpy(pb_utils.get_input_tensor_by_name(request, name).as_numpy()).to(self.device)
+            torch.from_numpy(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("PIXELS", "LOGITS")
         )
-        classes = logits.shape[1]
+        parameters.check_cost(len(pixels), self.limits)
+        if logits.shape[1] != self.classes:
+            raise TensorError(f"LOGITS must be of the classifier's {self.classes} classes, not {logits.shape[1]}")
+        for name, values in (("PIXELS", pixels), ("LOGITS", logits)):
+            if not values.isfinite().all():
+                raise TensorError(f"{name} must be finite")
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         wanted = [-1] * len(pixels) if target is None else target.as_numpy()[:, 0].tolist()
-        wrong = [index for index in wanted if not -1 <= index < classes]
-        if wrong:
-            return _refuse(f"TARGET must be from -1 (the predicted class) to {classes - 1}, not {wrong[0]}")
-        try:
-            sent = json.loads(request.parameters())
-            parameters = parse_parameters(sent, self.limits, self.foreign_parameters)
-        except ParameterError as error:
-            return _refuse(str(error))
-        if parameters.method == "calibrated" and self.uncalibrated:
-            return _refuse(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
+        for index in wanted:
+            if not -1 <= index < self.classes:
+                raise TensorError(f"TARGET must be from -1 (the predicted class) to {self.classes - 1}, not {index}")
         predicted = logits.argmax(dim=1).tolist()
         targets = [best if index == -1 else index for index, best in zip(wanted, predicted)]
         if parameters.contrast is not None:
-            if parameters.contrast >= classes:
-                return _refuse(f"parameter 'contrast' must be from 0 to {classes - 1}, not {parameters.contrast}")
+            if parameters.contrast >= self.classes:
+                raise ParameterError(
+                    f"parameter 'contrast' must be from 0 to {self.classes - 1}, not {parameters.contrast}"
+                )
             if parameters.contrast in targets:
-                return _refuse(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
-        return Work(pixels, logits, targets, parameters)
+                raise ParameterError(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
+        return Work(pixels.to(self.device), logits.to(self.device), targets, parameters)
 
-    def _jobs(self, work: Work, arrived: float, is_cancelled: Callable[[], bool]) -> list[Job]:
+    def _jobs(self, work: Work, arrived: float, is_unwanted: Callable[[], bool]) -> list[Job]:
         asked = work.parameters
         deadline = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
         return [
@@ -170,19 +205,28 @@ class TritonPythonModel:
                 seed=asked.seed,
                 image_logits=logits,
                 baseline_key=asked.baseline if asked.baseline in Baselines.CONSTANT else None,
-                is_cancelled=is_cancelled,
+                is_cancelled=is_unwanted,
             )
             for image, logits, target in zip(work.pixels, work.logits, work.targets)
         ]
 
-    def _respond(self, answer: _Answer) -> pb_utils.InferenceResponse:
-        """The response to a request all of whose images are explained or cancelled."""
+    def _respond(self, answer: _Answer) -> None:
+        """Answer a request all of whose images are explained or given up."""
         work = answer.work
         explanations = [answer.explanations[number] for number in range(len(work.targets))]
         if None in explanations:
-            error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
-            return pb_utils.InferenceResponse(error=error)
+            if answer.is_late():
+                message = f"the request's timeout of {answer.timeout_seconds:g} s is over"
+                answer.refuse(message, pb_utils.TritonError.UNAVAILABLE)
+            else:
+                answer.refuse("the request was cancelled", pb_utils.TritonError.CANCELLED)
+            return
         attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
+        if not np.isfinite(attributions).all():
+            largest = work.pixels.abs().max().item()
+            message = f"PIXELS must be such that gradients at them are finite; theirs, up to {largest:g}, are not"
+            answer.refuse(message, pb_utils.TritonError.INVALID_ARG)
+            return
         saliency = attributions.sum(axis=1)
         deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).cpu().numpy()
         outputs = {
@@ -195,8 +239,12 @@ class TritonPythonModel:
             "WEIGHT_SUM": np.array([[explanation.weight_sum] for explanation in explanations], np.float32),
             "RELEVANCE": saliency,
         }
-        return pb_utils.InferenceResponse(
-            output_tensors=[pb_utils.Tensor(name, array) for name, array in outputs.items() if name in answer.wanted]
+        answer.send(
+            pb_utils.InferenceResponse(
+                output_tensors=[
+                    pb_utils.Tensor(name, array) for name, array in outputs.items() if name in answer.wanted
+                ]
+            )
         )
 
 
@@ -215,7 +263,3 @@ def _rows_counter(instance: str) -> tuple[pb_utils.MetricFamily | None, pb_utils
     except pb_utils.TritonModelException as error:
         pb_utils.Logger.log_warn(f"no metrics: {error}")
         return None, None
-
-
-def _refuse(message: str) -> pb_utils.InferenceResponse:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
