@@ -31,8 +31,8 @@ from tools.server import SHARED_MEMORY
 
 T = TypeVar("T")
 QUICK, THOROUGH = 2_000, 50_000
-# Memory that may be resident after thousands of cases and was not after the first ones: heaps fragment. Six times 20,000
-# mutated images added 20, 10, 1, 0, 4 and 0 MB.
+# Memory that may be resident after thousands of cases and was not after the first ones: heaps fragment. Six times
+# 20,000 mutated images added 20, 10, 1, 0, 4 and 0 MB.
 GROWTH_MB = 30
 LIMITS = ImageLimits(max_bytes=200_000, max_pixels=1_000_000)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
