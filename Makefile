@@ -24,6 +24,7 @@ bench: bench-engine bench-deadlines bench-stream
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --config-file client/pyproject.toml
 
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
@@ -62,4 +63,4 @@ constraints: $(INSTALLED)
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
 
 clean:
-	rm -rf .venv out model_repository/classifier/1/* model_repository/classifier/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,8 @@ from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequ
 AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity)
 # What `preprocess` does, and therefore what weights must expect.
 PREPROCESSING = ImageClassification(crop_size=224, resize_size=256)
+# Whose probabilities have labels.
+LABELLED_MODELS = ("classifier", "explain_stream")
 # Largest difference from the eager model, relative to its largest logit; float32 rounding is about 1e-6.
 TOLERANCE = 1e-4
 
@@ -256,13 +258,12 @@ def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
 
 
 def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
-    """Write ``classifier/1/model.pt``, its manifest and ``classifier/labels.txt``; returns the model's path.
+    """Write ``classifier/1/model.pt``, its manifest and the models' ``labels.txt``; returns the model's path.
 
     Raises:
         ExportError: the scripted model differs from the eager one. Nothing is written then.
     """
-    model_folder = repository / "classifier"
-    path = model_folder / "1" / "model.pt"
+    path = repository / "classifier" / "1" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     scripted = torch.jit.script(build_served(source.module))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -289,7 +290,9 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
         }
         _replace_calibration(source, path.parent, manifest["model_sha256"])
         # The model last: a file that is there has its labels and its manifest.
-        (model_folder / "labels.txt").write_text("".join(f"{label}\n" for label in source.labels))
+        labels = "".join(f"{label}\n" for label in source.labels)
+        for folder in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
+            (folder / "labels.txt").write_text(labels)
         (path.parent / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         os.replace(written, path)
     return path

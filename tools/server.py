@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class EmbeddedServer:
         log_file: where the server's log goes.
         start_seconds: how long the models may take to load.
         stop_seconds: how long requests in flight may take to finish when it stops.
+        options: further options of ``tritonserver``.
 
     Raises:
         ServerError: on entering, when it cannot start.
@@ -92,9 +94,11 @@ class EmbeddedServer:
         log_file: Path = OUTPUTS / "triton.log",
         start_seconds: float = 180,
         stop_seconds: int = 30,
+        options: Sequence[str] = (),
     ) -> None:
         self.repository, self.ports, self.log_file = repository, ports, log_file
         self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
+        self.options = options
         self.process: subprocess.Popen | None = None
         # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
         self.region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
@@ -179,6 +183,7 @@ class EmbeddedServer:
             f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={self._admin_key}",
             "--model-control-mode=none",
             f"--exit-timeout-secs={self.stop_seconds}",
+            *self.options,
         ]
         environment = {
             **os.environ,

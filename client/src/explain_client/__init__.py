@@ -1,5 +1,23 @@
 """Explanations from a Triton server: ``ExplainClient("localhost:8001").explain("photo.jpg")``."""
 
-from explain_client.client import ExplainClient, ExplainError, Explanation, Prediction
+from explain_client.aio import AsyncExplainClient
+from explain_client.client import ExplainClient
+from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
+from explain_client.results import Attribution, Classification, Explanation, Level, Prediction
+from explain_client.tensors import TensorAttribution, TensorClient
 
-__all__ = ["ExplainClient", "ExplainError", "Explanation", "Prediction"]
+__all__ = [
+    "AsyncExplainClient",
+    "Attribution",
+    "Classification",
+    "ExplainClient",
+    "ExplainError",
+    "Explanation",
+    "Level",
+    "Prediction",
+    "RefusedError",
+    "TensorAttribution",
+    "TensorClient",
+    "TimedOutError",
+    "UnavailableError",
+]

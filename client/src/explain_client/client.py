@@ -1,77 +1,55 @@
-"""A small typed client over ``tritonclient.grpc`` for the ensembles ``classify`` and ``explain``."""
+"""The client: ``ExplainClient("localhost:8001").explain("photo.jpg")``."""
 
 from __future__ import annotations
 
-import io
+import contextlib
+import queue
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 import tritonclient.grpc as triton
-from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-ImageSource = str | Path | bytes
-ParameterValue = str | int | float
+from explain_client.errors import ExplainError, TimedOutError, from_triton
+from explain_client.images import ImageSource
+from explain_client.protocol import (
+    Call,
+    ParameterValue,
+    Wanted,
+    classify_call,
+    explain_call,
+    is_final,
+    read_explanation,
+    read_predictions,
+    read_response,
+)
+from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.retries import Attempts
 
-
-class ExplainError(Exception):
-    """The server refused the request or cannot be reached; the message is the server's own."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class of an answer."""
-
-    index: int
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What the server answered about one image.
-
-    Attributes:
-        predictions: the likeliest classes, best first.
-        explained_class: the class whose evidence is shown.
-        saliency: float32 [224, 224], the attribution summed over channels; positive speaks for the class.
-        heatmap_png: the attribution drawn over the image as the model saw it, a PNG file.
-        convergence_delta: sum of the attributions minus the change of the output along the path.
-        n_steps: gradient evaluations spent.
-        error_estimate: estimated relative error of the attribution; NaN where the method gives none.
-        milliseconds: from sending the request to having the answer.
-    """
-
-    predictions: tuple[Prediction, ...]
-    explained_class: int
-    saliency: npt.NDArray[np.float32]
-    heatmap_png: bytes
-    convergence_delta: float
-    n_steps: int
-    error_estimate: float
-    milliseconds: float
-
-    @property
-    def heatmap(self) -> Image.Image:
-        """The heatmap as an RGB image."""
-        return Image.open(io.BytesIO(self.heatmap_png)).convert("RGB")
+DEFAULT_URL = "localhost:8001"
+DEFAULT_WANT: tuple[Wanted, ...] = ("saliency", "heatmap")
 
 
 class ExplainClient:
-    """A connection to a server, usable as a context manager.
+    """A connection to a server, usable as a context manager and from several threads.
 
     Args:
         url: host and gRPC port.
-        timeout: seconds that a request may take.
+        timeout: seconds that a request may take, with its retries; the server stops working for it then, too.
+        retries: how often a request is sent again when the server is UNAVAILABLE, with exponential backoff.
+
+    Every method raises, besides what it says itself:
+        RefusedError: the server does not take the request; the message names what is wrong with it.
+        UnavailableError: the server cannot be reached or has no room, after the retries.
+        TimedOutError: there was no answer in time.
+        ExplainError: any other failure; the class of all of these.
+        OSError, TypeError: the image's file cannot be read; it is an array of the wrong kind.
     """
 
-    def __init__(self, url: str = "localhost:8001", timeout: float = 300.0) -> None:
+    def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
+        self._url, self._timeout, self._retries = url, timeout, retries
         self._triton = triton.InferenceServerClient(url)
-        self._timeout = timeout
 
     def __enter__(self) -> ExplainClient:
         return self
@@ -86,85 +64,94 @@ class ExplainClient:
         self._triton.close()
 
     def classify(self, image: ImageSource, *, top_k: int = 5) -> tuple[Prediction, ...]:
-        """The likeliest classes of one image, best first.
-
-        Raises:
-            ExplainError: the server refused the request or cannot be reached.
-            OSError: the image's file cannot be read.
-        """
-        outputs = [triton.InferRequestedOutput("PROBABILITIES", class_count=top_k)]
-        return _predictions(self._infer("classify", [_image_input(image)], outputs, {}))
+        """The likeliest classes of one image, best first."""
+        return read_predictions(self._infer(classify_call(image, top_k)))
 
     def explain(
-        self, image: ImageSource, *, target: int | None = None, top_k: int = 5, **parameters: ParameterValue
+        self,
+        image: ImageSource,
+        *,
+        target: int | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: ParameterValue,
     ) -> Explanation:
         """The prediction for one image and the attribution that explains it.
 
         Args:
-            image: the path or the bytes of a JPEG, PNG or WebP file.
+            image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3].
             target: the class to explain; the predicted one if absent.
             top_k: how many predictions to return.
-            parameters: request parameters of the serving contract: ``n_steps``, ``method``, ``baseline``, ...
-
-        Raises:
-            ExplainError: the server refused the request or cannot be reached.
-            OSError: the image's file cannot be read.
+            want: what to transfer: ``saliency``, ``attributions``, ``heatmap``.
+            parameters: request parameters of the serving contract: ``n_steps``, ``tolerance``, ``baseline``, ...
         """
-        inputs = [_image_input(image)]
-        if target is not None:
-            inputs.append(triton.InferInput("TARGET", [1, 1], "INT64"))
-            inputs[-1].set_data_from_numpy(np.array([[target]], np.int64))
-        names = ("EXPLAINED_CLASS", "SALIENCY", "HEATMAP", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
-        outputs = [triton.InferRequestedOutput("PROBABILITIES", class_count=top_k)]
-        outputs += [triton.InferRequestedOutput(name) for name in names]
+        call = explain_call("explain", image, target, top_k, want, parameters)
         started = time.perf_counter()
-        result = self._infer("explain", inputs, outputs, parameters)
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        explained, saliency, heatmap, delta, steps, error = (result.as_numpy(name)[0] for name in names)
-        return Explanation(
-            predictions=_predictions(result),
-            explained_class=int(explained[0]),
-            saliency=saliency,
-            heatmap_png=bytes(heatmap[0]),
-            convergence_delta=float(delta[0]),
-            n_steps=int(steps[0]),
-            error_estimate=float(error[0]),
-            milliseconds=milliseconds,
-        )
+        result = self._infer(call)
+        return read_explanation(result, 1e3 * (time.perf_counter() - started))
 
-    def _infer(
+    def explain_stream(
         self,
-        model: str,
-        inputs: list[triton.InferInput],
-        outputs: list[triton.InferRequestedOutput],
-        parameters: dict[str, ParameterValue],
-    ) -> triton.InferResult:
-        # Triton's Python backend of that release passes strings and integers on, but drops doubles.
-        sent = {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
+        image: ImageSource,
+        *,
+        target: int | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: ParameterValue,
+    ) -> Iterator[Classification | Level]:
+        """The prediction as soon as there is one, then attributions that sharpen, the last with ``is_last``.
+
+        Leaving the loop before the end cancels the rest on the server. Arguments are those of ``explain``.
+        """
+        return self._stream(explain_call("explain_stream", image, target, top_k, want, parameters))
+
+    def _infer(self, call: Call) -> triton.InferResult:
+        attempts = Attempts(self._timeout, self._retries)
+        while True:
+            seconds = attempts.seconds_left
+            try:
+                return self._triton.infer(**call.options(seconds), client_timeout=seconds)
+            except InferenceServerException as error:
+                time.sleep(attempts.delay_after(from_triton(error)))
+
+    def _stream(self, call: Call) -> Iterator[Classification | Level]:
+        attempts = Attempts(self._timeout, self._retries)
+        started = time.perf_counter()
+        while True:
+            is_answered = False
+            try:
+                for result in self._responses(call, attempts.seconds_left):
+                    is_answered = True
+                    yield read_response(result, 1e3 * (time.perf_counter() - started))
+                return
+            except ExplainError as error:
+                if is_answered:  # what was given out cannot be taken back
+                    raise
+                time.sleep(attempts.delay_after(error))
+
+    def _responses(self, call: Call, seconds: float) -> Iterator[triton.InferResult]:
+        """The responses to one attempt. A stream is a connection's only one, but connections share a channel."""
+        said: queue.Queue[tuple[triton.InferResult, InferenceServerException | None]] = queue.Queue()
+        until = time.monotonic() + seconds
+        connection = triton.InferenceServerClient(self._url)
+        # With this header an error comes with its status, not as a message alone.
+        headers = {"triton_grpc_error": "true"}
+        final = False
         try:
-            return self._triton.infer(
-                model,
-                inputs,
-                outputs=outputs,
-                parameters=sent,
-                client_timeout=self._timeout,
-                timeout=int(1e6 * self._timeout),  # the server stops working for an answer that nobody waits for
+            connection.start_stream(
+                lambda result, error: said.put((result, error)), stream_timeout=seconds, headers=headers
             )
-        except InferenceServerException as error:
-            raise ExplainError(error.message()) from error
-
-
-def _image_input(image: ImageSource) -> triton.InferInput:
-    encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
-    tensor = triton.InferInput("IMAGE", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[encoded]], np.object_))
-    return tensor
-
-
-def _predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
-    """Parse Triton's classification extension: ``probability:index:label`` for each class."""
-    predictions = []
-    for entry in result.as_numpy("PROBABILITIES")[0]:
-        probability, index, label = entry.decode().split(":", 2)
-        predictions.append(Prediction(int(index), label, float(probability)))
-    return tuple(predictions)
+            with contextlib.suppress(InferenceServerException):  # it has failed already: why comes as a response
+                connection.async_stream_infer(**call.options(seconds))
+            while not final:
+                try:
+                    result, error = said.get(timeout=max(0.0, until - time.monotonic()) + 1)
+                except queue.Empty:
+                    raise TimedOutError(f"no answer within {seconds:.1f} s") from None
+                if error is not None:
+                    raise from_triton(error)
+                final = is_final(result)
+                yield result
+        finally:
+            connection.stop_stream(cancel_requests=not final)
+            connection.close()

@@ -1,0 +1,150 @@
+"""``explain doctor``: whether a server can do what this client asks of it, and if not, what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from explain_client.client import ExplainClient
+from explain_client.errors import ExplainError
+
+T = TypeVar("T")
+OLDEST_SERVER = (2, 51)
+# What this client asks of each model; an older or newer model repository may have other outputs.
+CONTRACT = {
+    "classify": {"PROBABILITIES"},
+    "explain": {
+        "PROBABILITIES",
+        "EXPLAINED_CLASS",
+        "ATTRIBUTIONS",
+        "SALIENCY",
+        "CONVERGENCE_DELTA",
+        "N_STEPS",
+        "ERROR_ESTIMATE",
+        "HEATMAP",
+    },
+}
+CONTRACT["explain_stream"] = CONTRACT["explain"]
+TIMED_CALLS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``message`` says what was found, or what is wrong and what to do."""
+
+    name: str
+    is_good: bool
+    message: str
+
+
+def diagnose(url: str, timeout: float = 30.0) -> Iterator[Finding]:
+    """Look at one thing after the other, up to the first that leaves no sense in going on."""
+    host, _, port = url.rpartition(":")
+    if not host or not port.isdigit():
+        yield Finding("address", False, f"{url!r} is not HOST:PORT, for example localhost:8001")
+        return
+    try:
+        is_http = _speaks_http(host, int(port))
+    except OSError as error:
+        yield Finding(
+            "connection",
+            False,
+            f"nothing answers at {url} ({error.strerror or error}): the server is down, or listens elsewhere",
+        )
+        return
+    if is_http:
+        yield Finding(
+            "protocol", False, f"{url} speaks HTTP, not gRPC: give the gRPC port, by default 8001 where HTTP is 8000"
+        )
+        return
+    with contextlib.closing(triton.InferenceServerClient(url)) as client:
+        found = _ask(lambda: client.get_server_metadata(client_timeout=timeout))
+        if isinstance(found, str):
+            yield Finding("server", False, f"{url} is no Triton server, or not able to answer: {found}")
+            return
+        yield _check_version(found.name, found.version)
+        for model, outputs in CONTRACT.items():
+            yield _check_model(client, model, outputs, timeout)
+        if not all(_is_ready(client, model, timeout) for model in CONTRACT):
+            return
+    yield from _check_latency(url, timeout)
+
+
+def _speaks_http(host: str, port: int) -> bool:
+    """Whether a plain HTTP request is answered as such; gRPC answers with frames.
+
+    Raises:
+        OSError: nothing listens there.
+    """
+    with socket.create_connection((host, port), timeout=5) as connection:
+        connection.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+        try:
+            return connection.recv(7) == b"HTTP/1."
+        except OSError:
+            return False
+
+
+def _check_version(name: str, version: str) -> Finding:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    oldest = ".".join(map(str, OLDEST_SERVER))
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_SERVER:
+        return Finding("version", False, f"{name} {version} is not what this client was made for: {oldest} or newer")
+    return Finding("version", True, f"{name} {version}")
+
+
+def _check_model(client: triton.InferenceServerClient, model: str, outputs: set[str], timeout: float) -> Finding:
+    found = _ask(lambda: client.get_model_metadata(model, client_timeout=timeout))
+    if isinstance(found, str):
+        if "not found" in found:
+            return Finding(model, False, f"the server has no model {model!r}: serve this project's model_repository")
+        return Finding(model, False, f"model {model!r} is not ready: {found}")
+    missing = outputs - {output.name for output in found.outputs}
+    if missing:
+        names = ", ".join(sorted(missing))
+        return Finding(model, False, f"model {model!r} has no output {names}: another version of the model repository")
+    if not _is_ready(client, model, timeout):
+        return Finding(model, False, f"model {model!r} is not ready: look into the server's log")
+    return Finding(model, True, "ready")
+
+
+def _is_ready(client: triton.InferenceServerClient, model: str, timeout: float) -> bool:
+    return _ask(lambda: client.is_model_ready(model, client_timeout=timeout)) is True
+
+
+def _check_latency(url: str, timeout: float) -> Iterator[Finding]:
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    with ExplainClient(url, timeout) as client:
+        calls: dict[str, Callable[[], object]] = {
+            "classify": lambda: client.classify(image),
+            "explain, tolerance 0.05": lambda: client.explain(image, tolerance=0.05),
+        }
+        for name, call in calls.items():
+            seconds = []
+            try:
+                for _ in range(TIMED_CALLS):
+                    started = time.perf_counter()
+                    call()
+                    seconds.append(time.perf_counter() - started)
+            except ExplainError as error:
+                yield Finding(f"latency of {name}", False, str(error))
+            else:
+                median = 1e3 * statistics.median(seconds)
+                yield Finding(f"latency of {name}", True, f"{median:.0f} ms, median of {TIMED_CALLS}")
+
+
+def _ask(call: Callable[[], T]) -> T | str:
+    """What a call returns, or the message of the error."""
+    try:
+        return call()
+    except InferenceServerException as error:
+        return str(error.message() or error)

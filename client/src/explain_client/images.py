@@ -1,0 +1,54 @@
+"""Images in whatever form a caller has them, as the bytes of a file."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+
+# What the server's `preprocess` does: the short side resized, the centre cropped.
+RESIZED_SIDE, CROPPED_SIDE = 256, 224
+
+
+def encoded(image: ImageSource) -> bytes:
+    """The file to send: as it is where there is one, else a PNG file.
+
+    Args:
+        image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3] or
+            [height, width].
+
+    Raises:
+        OSError: the file cannot be read.
+        TypeError: an array of another dtype or shape.
+    """
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise TypeError(
+                f"an image array must be uint8 [height, width, 3] or [height, width], not {image.dtype} "
+                f"{list(image.shape)}"
+            )
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=1)
+        return file.getvalue()
+    return Path(image).read_bytes()
+
+
+def as_seen(file: bytes) -> Image.Image:
+    """What the classifier sees of an image file, RGB 224 x 224, to be shown beside its heatmap."""
+    with Image.open(io.BytesIO(file)) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    scale = RESIZED_SIDE / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = ((side - CROPPED_SIDE) // 2 for side in image.size)
+    return image.crop((left, top, left + CROPPED_SIDE, top + CROPPED_SIDE))

@@ -1,0 +1,131 @@
+"""The serving contract: requests as tritonclient sends them, and its results as dataclasses. Both clients share it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import tritonclient.grpc as triton
+
+from explain_client.images import ImageSource, encoded
+from explain_client.results import Classification, Explanation, Level, Prediction
+
+ParameterValue: TypeAlias = str | int | float
+Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
+
+# A saliency map is 200 KB, attributions 600 KB, a heatmap some tens.
+TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
+_SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request, but for its transport."""
+
+    model: str
+    inputs: list[triton.InferInput]
+    outputs: list[triton.InferRequestedOutput]
+    parameters: dict[str, str | int]
+
+    def options(self, seconds: float) -> dict[str, Any]:
+        """Keyword arguments of tritonclient's inference calls, for an answer within so many seconds."""
+        return {
+            "model_name": self.model,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "parameters": self.parameters,
+            # In microseconds, for the server: it stops working for an answer that nobody waits for.
+            "timeout": max(1, int(1e6 * seconds)),
+        }
+
+
+def classify_call(image: ImageSource, top_k: int) -> Call:
+    """A request to ``classify``."""
+    return Call("classify", [_image(image)], [_classes(top_k)], {})
+
+
+def explain_call(
+    model: Literal["explain", "explain_stream"],
+    image: ImageSource,
+    target: int | None,
+    top_k: int,
+    want: Collection[Wanted],
+    parameters: Mapping[str, ParameterValue],
+) -> Call:
+    """A request to ``explain`` or ``explain_stream``.
+
+    Raises:
+        ValueError: ``want`` has a name that is none.
+    """
+    unknown = set(want) - set(TENSORS)
+    if unknown:
+        raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
+    inputs = [_image(image)]
+    if target is not None:
+        inputs.append(triton.InferInput("TARGET", [1, 1], "INT64"))
+        inputs[-1].set_data_from_numpy(np.array([[target]], np.int64))
+    names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[each] for each in want)]
+    outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
+    return Call(model, inputs, outputs, as_sent(parameters))
+
+
+def as_sent(parameters: Mapping[str, ParameterValue]) -> dict[str, str | int]:
+    """Request parameters as Triton 2.51 takes them: its Python backend drops doubles, so those go as strings."""
+    return {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
+
+
+def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
+    """Triton's classification extension: ``probability:index:label`` for each class."""
+    predictions = []
+    for entry in result.as_numpy("PROBABILITIES")[0]:
+        probability, index, *label = entry.decode().split(":", 2)
+        predictions.append(Prediction(int(index), label[0] if label else index, float(probability)))
+    return tuple(predictions)
+
+
+def read_explanation(result: triton.InferResult, milliseconds: float) -> Explanation:
+    """The answer of ``explain``."""
+    return Explanation(
+        **_attribution(result, milliseconds),
+        predictions=read_predictions(result),
+        explained_class=int(result.as_numpy("EXPLAINED_CLASS")[0, 0]),
+    )
+
+
+def read_response(result: triton.InferResult, milliseconds: float) -> Classification | Level:
+    """One response of ``explain_stream``."""
+    if result.as_numpy("PROBABILITIES") is not None:
+        explained = int(result.as_numpy("EXPLAINED_CLASS")[0, 0])
+        return Classification(read_predictions(result), explained, milliseconds)
+    return Level(**_attribution(result, milliseconds), is_last=is_final(result))
+
+
+def is_final(result: triton.InferResult) -> bool:
+    """Whether a response ends its stream."""
+    return bool(result.get_response().parameters["triton_final_response"].bool_param)
+
+
+def _attribution(result: triton.InferResult, milliseconds: float) -> dict[str, Any]:
+    delta, steps, error = (result.as_numpy(name)[0, 0] for name in _SCALARS)
+    found = {name: result.as_numpy(output) for name, output in TENSORS.items()}
+    return {
+        "convergence_delta": float(delta),
+        "n_steps": int(steps),
+        "error_estimate": float(error),
+        "milliseconds": milliseconds,
+        "saliency": None if found["saliency"] is None else found["saliency"][0],
+        "attributions": None if found["attributions"] is None else found["attributions"][0],
+        "heatmap_png": None if found["heatmap"] is None else bytes(found["heatmap"][0, 0]),
+    }
+
+
+def _image(image: ImageSource) -> triton.InferInput:
+    tensor = triton.InferInput("IMAGE", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[encoded(image)]], np.object_))
+    return tensor
+
+
+def _classes(top_k: int) -> triton.InferRequestedOutput:
+    return triton.InferRequestedOutput("PROBABILITIES", class_count=top_k)

@@ -1,0 +1,97 @@
+"""One self-contained HTML page for a run: images, predictions and heatmaps embedded, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import shutil
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import TracebackType
+
+from explain_client.images import as_seen
+from explain_client.results import Explanation
+
+_PLACE = "<!-- items -->"
+JPEG_QUALITY = 85
+
+
+class Report:
+    """The page under way, as a context manager: items go to the disk as they come, the page is there at the end.
+
+    Args:
+        path: where the page goes; what is there is replaced when it is complete.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._count = 0
+
+    def __enter__(self) -> Report:
+        template = files("explain_client").joinpath("report.html").read_text("utf-8")
+        before, self._after = template.split(_PLACE)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = NamedTemporaryFile(
+            "w", encoding="utf-8", dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
+        )
+        self._file.write(before)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            self._file.write(self._after)
+        Path(self._file.name).chmod(0o644)
+        shutil.move(self._file.name, self._path)
+
+    def add(self, name: str, file: bytes, found: Explanation) -> None:
+        """An image, its encoded bytes, and what was found; needs its heatmap."""
+        top = found.predictions[0]
+        error = "" if math.isnan(found.error_estimate) else f"{found.error_estimate:.4f}"
+        facts = [
+            f"evidence for <b>{escape(found.explained_label)}</b>",
+            f"{found.n_steps} steps",
+            f"estimated error {100 * found.error_estimate:.1f} %" if error else "no error estimate",
+            f"{found.milliseconds:.0f} ms",
+        ]
+        seen = io.BytesIO()
+        as_seen(file).save(seen, "JPEG", quality=JPEG_QUALITY)
+        self._write(
+            name,
+            f'data-probability="{top.probability:.6f}" data-error="{error}" data-steps="{found.n_steps}" '
+            f'data-milliseconds="{found.milliseconds:.1f}"',
+            '<div class="view">'
+            f'<img alt="the image" src="{_data_url("image/jpeg", seen.getvalue())}">'
+            f'<img alt="its heatmap" class="over" src="{_data_url("image/png", found.heatmap_png or b"")}"></div>'
+            f'<input type="range" min="0" max="100" value="50" aria-label="image to heatmap, {escape(name)}">'
+            f'<div class="predictions">{"".join(_bars(found))}</div><p class="facts">{" · ".join(facts)}</p>',
+        )
+
+    def add_failure(self, name: str, message: str) -> None:
+        """An image that got no answer, and why."""
+        self._write(name, 'data-failed="1"', f'<p class="failure">{escape(message)}</p>')
+
+    def _write(self, name: str, data: str, content: str) -> None:
+        attributes = f'data-number="{self._count}" data-name="{escape(name)}" {data}'
+        self._file.write(f"<article {attributes}><h2>{escape(name)}</h2>{content}</article>\n")
+        self._count += 1
+
+
+def _bars(found: Explanation) -> list[str]:
+    return [
+        f'<span class="label{" explained" if each.index == found.explained_class else ""}">{escape(each.label)}</span>'
+        f'<span class="track"><i style="width:{100 * each.probability:.1f}%"></i></span>'
+        f'<span class="number">{100 * each.probability:.1f} %</span>'
+        for each in found.predictions
+    ]
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,108 @@
+"""What the server answered, as frozen dataclasses with NumPy arrays."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of an answer."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How much each pixel speaks for a class, and how well that is known.
+
+    Attributes:
+        convergence_delta: sum of the attributions minus the change of the output along the path.
+        n_steps: gradient evaluations spent.
+        error_estimate: estimated relative error of the attribution; NaN where the method gives none.
+        milliseconds: from sending the request to having this.
+        saliency: float32 [224, 224], the attribution summed over channels; positive speaks for the class. None if it
+            was not asked for.
+        attributions: float32 [3, 224, 224], per channel. None if not asked for.
+        heatmap_png: the saliency drawn over the image as the model saw it, a PNG file. None if not asked for.
+    """
+
+    convergence_delta: float
+    n_steps: int
+    error_estimate: float
+    milliseconds: float
+    saliency: npt.NDArray[np.float32] | None
+    attributions: npt.NDArray[np.float32] | None
+    heatmap_png: bytes | None
+
+    @property
+    def heatmap(self) -> Image.Image:
+        """The heatmap as an RGB image.
+
+        Raises:
+            ValueError: it was not asked for.
+        """
+        if self.heatmap_png is None:
+            raise ValueError("the heatmap was not asked for; name it in `want`")
+        return Image.open(io.BytesIO(self.heatmap_png)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Explanation(Attribution):
+    """A prediction and the attribution that explains it.
+
+    Attributes:
+        predictions: the likeliest classes, best first.
+        explained_class: the class whose evidence is shown.
+    """
+
+    predictions: tuple[Prediction, ...]
+    explained_class: int
+
+    @property
+    def explained_label(self) -> str:
+        """The explained class's label if it is among the predictions, else its number."""
+        return label_of(self.explained_class, self.predictions)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The first response of a stream.
+
+    Attributes:
+        predictions: the likeliest classes, best first.
+        explained_class: the class whose evidence will be shown.
+        milliseconds: from sending the request to having this.
+    """
+
+    predictions: tuple[Prediction, ...]
+    explained_class: int
+    milliseconds: float
+
+    @property
+    def explained_label(self) -> str:
+        """The explained class's label if it is among the predictions, else its number."""
+        return label_of(self.explained_class, self.predictions)
+
+
+@dataclass(frozen=True)
+class Level(Attribution):
+    """A later response of a stream: the attribution so far.
+
+    Attributes:
+        is_last: whether it is the final one.
+    """
+
+    is_last: bool
+
+
+def label_of(index: int, predictions: tuple[Prediction, ...]) -> str:
+    """The label of a class if it is among some predictions, else its number."""
+    return next((each.label for each in predictions if each.index == index), str(index))

@@ -1,0 +1,114 @@
+"""Many images through one server: bounded in flight, in no order, and no failure ends the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from explain_client.aio import AsyncExplainClient
+from explain_client.errors import ExplainError
+from explain_client.protocol import ParameterValue, Wanted
+from explain_client.results import Explanation
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image of a run: what it is called, where it comes from (None: standard input), and where its heatmap goes."""
+
+    name: str
+    path: Path | None
+    heatmap: Path
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return sys.stdin.buffer.read() if self.path is None else self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an image: its bytes and an explanation, or an error."""
+
+    source: Source
+    file: bytes
+    found: Explanation | None
+    error: ExplainError | OSError | None
+
+
+def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
+    """Files, folders (searched through), patterns and ``-`` as images; a file that is named twice is one.
+
+    Heatmaps get the names of their images, below ``out`` as those lie below a folder. Where two would get one name,
+    their suffixes tell them apart.
+    """
+    found: dict[Path | None, Path] = {}  # and where below `out` it goes, as a name without suffix
+    for argument in arguments:
+        if argument == STDIN:
+            found.setdefault(None, Path("stdin"))
+        elif os.path.isdir(argument):
+            for file in sorted(Path(argument).rglob("*")):
+                if file.suffix.lower() in SUFFIXES and file.is_file():
+                    found.setdefault(file, file.relative_to(argument).with_suffix(""))
+        elif glob.has_magic(argument) and not os.path.exists(argument):
+            for match in map(Path, sorted(glob.glob(argument, recursive=True))):
+                if match.is_file():
+                    found.setdefault(match, Path(match.stem))
+        else:
+            found.setdefault(Path(argument), Path(Path(argument).stem))
+    taken: dict[Path, int] = {}
+    sources = []
+    for path, place in found.items():
+        number = taken.get(place, 0)
+        taken[place] = number + 1
+        if number and path is not None:
+            place = place.with_name(path.name if number == 1 else f"{path.name}.{number}")
+        name = "stdin" if path is None else str(path)
+        sources.append(Source(name, path, out / place.with_name(f"{place.name}.heatmap.png")))
+    return sources
+
+
+async def explain_all(
+    client: AsyncExplainClient,
+    sources: Iterable[Source],
+    concurrency: int,
+    target: int | None,
+    top_k: int,
+    want: Sequence[Wanted],
+    parameters: Mapping[str, ParameterValue],
+) -> AsyncIterator[Outcome]:
+    """Explain images, at most ``concurrency`` at a time; yields each as it is done."""
+
+    async def explain(source: Source) -> Outcome:
+        file = b""
+        try:
+            file = source.read()
+            found = await client.explain(file, target=target, top_k=top_k, want=want, **parameters)
+        except (ExplainError, OSError) as error:
+            return Outcome(source, file, None, error)
+        return Outcome(source, file, found, None)
+
+    waiting: Iterator[Source] = iter(sources)
+    under_way: set[asyncio.Task[Outcome]] = set()
+    try:
+        while True:
+            while len(under_way) < concurrency and (source := next(waiting, None)) is not None:
+                under_way.add(asyncio.create_task(explain(source)))
+            if not under_way:
+                return
+            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        for task in under_way:
+            task.cancel()

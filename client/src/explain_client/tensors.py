@@ -1,0 +1,233 @@
+"""For callers that preprocess themselves: tensors in and out, on the server's own host through shared memory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from explain_client.client import DEFAULT_URL
+from explain_client.errors import from_triton
+from explain_client.protocol import ParameterValue, as_sent
+
+FloatArray = npt.NDArray[np.float32]
+SharedMemory = Literal["system", "cuda"]
+
+
+@dataclass(frozen=True)
+class TensorAttribution:
+    """What ``integrated_gradients`` answers about n images.
+
+    Attributes:
+        attributions: float32 [n, 3, 224, 224].
+        explained_classes: int64 [n].
+        convergence_deltas, error_estimates: float32 [n]; the latter NaN where the method gives none.
+        n_steps: int32 [n].
+    """
+
+    attributions: FloatArray
+    explained_classes: npt.NDArray[np.int64]
+    convergence_deltas: FloatArray
+    n_steps: npt.NDArray[np.int32]
+    error_estimates: FloatArray
+
+
+class TensorClient:
+    """Calls ``classifier`` and ``integrated_gradients`` with normalised pixels; not for several threads at once.
+
+    Args:
+        url: host and gRPC port.
+        timeout: seconds that a request may take.
+        shared_memory: how pixels and attributions go to and fro: through system or CUDA shared memory of this host, or,
+            absent, over the connection.
+        headers: sent with every call; a server that restricts the shared-memory API wants its key here.
+        device: number of the CUDA device whose memory is shared.
+
+    Every method raises what those of ``ExplainClient`` raise.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        timeout: float = 300.0,
+        shared_memory: SharedMemory | None = None,
+        headers: Mapping[str, str] | None = None,
+        device: int = 0,
+    ) -> None:
+        self._triton = triton.InferenceServerClient(url)
+        self._timeout, self._headers = timeout, dict(headers or {})
+        self._kind, self._device = shared_memory, device
+        self._regions: dict[str, _Region] = {}
+
+    def __enter__(self) -> TensorClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the shared memory back and close the connection."""
+        for region in self._regions.values():
+            region.close()
+        self._regions.clear()
+        self._triton.close()
+
+    def classify(self, pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Logits and probabilities, float32 [n, classes], of normalised pixels, float32 [n, 3, 224, 224]."""
+        result = self._infer("classifier", [self._shared_input("INPUT__0", pixels)], ["OUTPUT__0", "OUTPUT__1"], {})
+        return result.as_numpy("OUTPUT__0"), result.as_numpy("OUTPUT__1")
+
+    def attribute(
+        self,
+        pixels: FloatArray,
+        logits: FloatArray,
+        targets: Sequence[int] | None = None,
+        **parameters: ParameterValue,
+    ) -> TensorAttribution:
+        """The attributions of normalised pixels.
+
+        Args:
+            pixels: float32 [n, 3, 224, 224].
+            logits: float32 [n, classes], what ``classify`` says of them.
+            targets: a class for each image; the predicted ones if absent.
+            parameters: request parameters of the serving contract.
+        """
+        inputs = [self._shared_input("PIXELS", pixels), _input("LOGITS", np.ascontiguousarray(logits, np.float32))]
+        if targets is not None:
+            inputs.append(_input("TARGET", np.asarray(targets, np.int64)[:, None]))
+        names = ["EXPLAINED_CLASS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE"]
+        shared = self._region("ATTRIBUTIONS", pixels.nbytes)
+        result = self._infer("integrated_gradients", inputs, [*names, "ATTRIBUTIONS"], parameters, shared)
+        explained, deltas, steps, errors = (result.as_numpy(name)[:, 0] for name in names)
+        attributions = result.as_numpy("ATTRIBUTIONS") if shared is None else shared.read(pixels.shape)
+        return TensorAttribution(attributions, explained, deltas, steps, errors)
+
+    def _infer(
+        self,
+        model: str,
+        inputs: list[triton.InferInput],
+        outputs: list[str],
+        parameters: Mapping[str, ParameterValue],
+        shared_output: _Region | None = None,
+    ) -> triton.InferResult:
+        requested = [triton.InferRequestedOutput(name) for name in outputs]
+        if shared_output is not None:
+            requested[-1].set_shared_memory(shared_output.name, shared_output.size)
+        try:
+            return self._triton.infer(
+                model,
+                inputs,
+                outputs=requested,
+                parameters=as_sent(parameters),
+                headers=self._headers,
+                client_timeout=self._timeout,
+                timeout=int(1e6 * self._timeout),
+            )
+        except InferenceServerException as error:
+            raise from_triton(error) from error
+
+    def _shared_input(self, name: str, values: FloatArray) -> triton.InferInput:
+        """An input whose numbers lie in shared memory, if that is wanted."""
+        values = np.ascontiguousarray(values, np.float32)
+        region = self._region(name, values.nbytes)
+        if region is None:
+            return _input(name, values)
+        region.write(values)
+        tensor = triton.InferInput(name, list(values.shape), "FP32")
+        tensor.set_shared_memory(region.name, values.nbytes)
+        return tensor
+
+    def _region(self, name: str, size: int) -> _Region | None:
+        """Kept from call to call; made anew where it is too small."""
+        if self._kind is None:
+            return None
+        region = self._regions.get(name)
+        if region is None or region.size < size:
+            if region is not None:
+                region.close()
+            kind = _SystemRegion if self._kind == "system" else _CudaRegion
+            self._regions[name] = region = kind(self._triton, size, self._headers, self._device)
+        return region
+
+
+class _Region:
+    """Memory that is shared with the server and registered there."""
+
+    _memory: Any  # tritonclient's module for it
+
+    def __init__(self, client: triton.InferenceServerClient, size: int, headers: dict[str, str], device: int) -> None:
+        self.name, self.size = f"explain_client_{uuid.uuid4().hex}", size
+        self._client, self._headers, self._device = client, headers, device
+        self._handle = self._create()
+        try:
+            self._register()
+        except InferenceServerException as error:
+            self._memory.destroy_shared_memory_region(self._handle)
+            raise from_triton(error) from error
+
+    def write(self, values: FloatArray) -> None:
+        self._memory.set_shared_memory_region(self._handle, [values])
+
+    def read(self, shape: Sequence[int]) -> FloatArray:
+        """A copy of what the server wrote."""
+        found: FloatArray = self._memory.get_contents_as_numpy(self._handle, np.float32, shape)
+        return found.copy()
+
+    def close(self) -> None:
+        try:
+            self._unregister()
+        finally:
+            self._memory.destroy_shared_memory_region(self._handle)
+
+    def _create(self) -> Any:
+        raise NotImplementedError
+
+    def _register(self) -> None:
+        raise NotImplementedError
+
+    def _unregister(self) -> None:
+        raise NotImplementedError
+
+
+class _SystemRegion(_Region):
+    def _create(self) -> Any:
+        from tritonclient.utils import shared_memory
+
+        self._memory = shared_memory
+        return shared_memory.create_shared_memory_region(self.name, f"/{self.name}", self.size)
+
+    def _register(self) -> None:
+        self._client.register_system_shared_memory(self.name, f"/{self.name}", self.size, headers=self._headers)
+
+    def _unregister(self) -> None:
+        self._client.unregister_system_shared_memory(self.name, headers=self._headers)
+
+
+class _CudaRegion(_Region):
+    def _create(self) -> Any:
+        from tritonclient.utils import cuda_shared_memory  # needs tritonclient[cuda]
+
+        self._memory = cuda_shared_memory
+        return cuda_shared_memory.create_shared_memory_region(self.name, self.size, self._device)
+
+    def _register(self) -> None:
+        handle = self._memory.get_raw_handle(self._handle)
+        self._client.register_cuda_shared_memory(self.name, handle, self._device, self.size, headers=self._headers)
+
+    def _unregister(self) -> None:
+        self._client.unregister_cuda_shared_memory(self.name, headers=self._headers)
+
+
+def _input(name: str, values: npt.NDArray[Any]) -> triton.InferInput:
+    tensor = triton.InferInput(name, list(values.shape), {"f": "FP32", "i": "INT64"}[values.dtype.kind])
+    tensor.set_data_from_numpy(values)
+    return tensor
