@@ -5,12 +5,26 @@ import io
 import numpy as np
 import pytest
 from conftest import MEAN, STD, TORCHVISION_TRANSFORM, encode, scene_image
-from image_decoding import MOST_JPEG_SCANS, ImageError, ImageLimits, decode_rgb, load_pixels
+from image_decoding import ImageLimits, decode_rgb, load_pixels, open_image
+from image_structure import (
+    MOST_CHUNKS,
+    MOST_EXIF_SEGMENTS,
+    MOST_JPEG_SCANS,
+    MOST_JPEG_SEGMENTS,
+    ImageError,
+    check_structure,
+)
 from PIL import Image, ImageCms, ImageOps
 
-from tools.refusals import jpeg_of_scans, png_of_size
+from tools.refusals import jpeg_of_scans, png_of_size, with_segments
 
 LIMITS = ImageLimits()
+
+
+def decode(file: bytes, limits: ImageLimits = LIMITS) -> Image.Image:
+    return decode_rgb(open_image(file, limits), limits)
+
+
 GRADIENT_16_BIT = np.linspace(0, 65535, 300 * 280).reshape(300, 280).astype(np.uint16)
 
 
@@ -81,30 +95,60 @@ CASES = {
 def test_pixels_equal_torchvision(case):
     file, image = CASES[case]
     expected = TORCHVISION_TRANSFORM(image.convert("RGB"))
-    found = load_pixels(file, list(MEAN), list(STD), LIMITS)
+    found = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
     assert found.shape == (3, 224, 224)
     # Float32 arithmetic in the same order: equal, but for a last bit.
     assert (found - expected).abs().max() <= 1e-5
 
 
 def test_exif_orientation_turns_the_image():
-    assert decode_rgb(rotated_by_exif(WIDE), LIMITS).size == (WIDE.height, WIDE.width)
+    assert decode(rotated_by_exif(WIDE)).size == (WIDE.height, WIDE.width)
 
 
 def test_what_follows_a_jpeg_is_not_counted_as_scans():
     """Phones append films and further pictures to photographs."""
     file = encode(WIDE, "JPEG", progressive=True)
-    decode_rgb(file + b"\xff\xda" * 1000, LIMITS)
+    decode(file + b"\xff\xda" * 1000)
 
 
-@pytest.mark.parametrize("hidden_behind", [b"", b"\xff\x01"], ids=["plain", "marker without length"])
-def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hidden_behind):
+def second_scan(file: bytes) -> int:
+    return file.index(b"\xff\xda", file.index(b"\xff\xda") + 1)
+
+
+# What could make one who walks from segment to segment jump over scans that libjpeg sees.
+HIDERS = {
+    "nothing": b"",
+    "marker without length": b"\xff\x01",
+    "reserved marker": b"\xff\x02\xff\xff",
+    "long comment": b"\xff\xfe\xff\xff",
+    "second start": b"\xff\xd8",
+    "restart": b"\xff\xd0",
+    "fill bytes": b"\xff\xff\xff",
+    "stuffed byte": b"\xff\x00",
+}
+
+
+@pytest.mark.parametrize("hider", HIDERS)
+def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hider):
     file = jpeg_of_scans(MOST_JPEG_SCANS)
-    second_scan = file.index(b"\xff\xda", file.index(b"\xff\xda") + 1)
-    file = file[:second_scan] + hidden_behind + file[second_scan:]
-    with pytest.raises(ImageError, match=f"of over {MOST_JPEG_SCANS} scans"):
-        decode_rgb(file, LIMITS)
-    decode_rgb(jpeg_of_scans(MOST_JPEG_SCANS - 20), LIMITS)
+    at = second_scan(file)
+    with pytest.raises(ImageError, match=f"of over {MOST_JPEG_SCANS} scans|with a marker that none has"):
+        check_structure(file[:at] + HIDERS[hider] + file[at:])
+    decode(jpeg_of_scans(MOST_JPEG_SCANS - 20))
+
+
+def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
+    jpeg, webp = encode(SCENE, "JPEG"), encode(SCENE, "WEBP")
+    exif, other = b"\xe1\x00\x08Exif\0\0", b"\xe5\x00\x02"
+    for most, file in (
+        (MOST_JPEG_SEGMENTS, lambda count: with_segments(jpeg, count, other)),
+        (MOST_EXIF_SEGMENTS, lambda count: with_segments(jpeg, count, exif)),
+        (MOST_CHUNKS, lambda count: png_of_size(8, 8, count)),
+        (MOST_CHUNKS, lambda count: webp[:12] + b"ABCD\x01\0\0\0x\0" * count + webp[12:]),
+    ):
+        check_structure(file(most // 2))
+        with pytest.raises(ImageError, match=r"too many segments|of over 20000 chunks"):
+            check_structure(file(2 * most))
 
 
 @pytest.mark.parametrize(
@@ -116,12 +160,12 @@ def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hidden_behind):
     ids=["bytes", "pixels"],
 )
 def test_limits_are_the_servers(limits, message):
-    decode_rgb(encode(SCENE), ImageLimits(max_pixels=300 * 300))
+    decode(encode(SCENE), ImageLimits(max_pixels=300 * 300))
     with pytest.raises(ImageError, match=message):
-        decode_rgb(encode(SCENE), limits)
+        open_image(encode(SCENE), limits)
 
 
 def test_long_thin_images_are_refused_where_resizing_them_would_take_too_much():
-    decode_rgb(encode(SCENE.resize((700, 1))), LIMITS)
+    decode(encode(SCENE.resize((700, 1))))
     with pytest.raises(ImageError, match="1 x 800 pixels; its long side must be at most 762 times its short side"):
-        decode_rgb(png_of_size(1, 800), LIMITS)
+        open_image(png_of_size(1, 800), LIMITS)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from attribution_engine import IntegratedGradients, Job
 from engine_loading import build_engine
-from image_decoding import ImageError, ImageLimits, load_pixels
+from image_decoding import ImageLimits, load_pixels, open_image
+from image_structure import ImageError
 from path_density import FILE_NAME, PathDensity
 from path_rules import ERROR_ORDER
 from torch import Tensor
@@ -81,12 +82,12 @@ def error_scale(engine: IntegratedGradients, image: Tensor) -> dict[str, float]:
 
 def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
     """Images of a folder as `preprocess` shows them to the classifier, [3, 224, 224]; others are reported and left."""
-    taken = 0
+    taken, limits = 0, ImageLimits()
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or taken == count:
             continue
         try:
-            pixels = load_pixels(file.read_bytes(), PREPROCESSING.mean, PREPROCESSING.std, ImageLimits())
+            pixels = load_pixels(open_image(file.read_bytes(), limits), PREPROCESSING.mean, PREPROCESSING.std, limits)
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue

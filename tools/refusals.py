@@ -115,13 +115,14 @@ _GOOD_TENSORS: dict[str, Callable[[], dict[str, tuple[str, Any]]]] = {
 }
 
 
-def png_of_size(width: int, height: int) -> bytes:
+def png_of_size(width: int, height: int, empty_chunks: int = 0) -> bytes:
     """A PNG file that says so, with next to nothing in it."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    header += empty_chunks * chunk(b"abCd", b"")
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
@@ -130,6 +131,11 @@ def jpeg_of_scans(count: int) -> bytes:
     file = encode(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     last = file.rindex(b"\xff\xda")
     return file[:last] + file[last:-2] * count + file[-2:]
+
+
+def with_segments(jpeg: bytes, count: int, segment: bytes) -> bytes:
+    """A JPEG file with a segment so many times at its beginning: code, length and content."""
+    return jpeg[:2] + count * (b"\xff" + segment) + jpeg[2:]
 
 
 def _parameters(names: str, *cases: Mapping[str, Any], **options: Any) -> Iterator[Refusal]:
@@ -209,14 +215,17 @@ def _tensor_cases() -> Iterator[Refusal]:
         yield Refusal(
             "Tensors", f"`LOGITS` with {name}", "LOGITS", tensors={"LOGITS": _logits(1, classes, value)}, **own
         )
-    far = {"PIXELS": ("FP32", np.full((1, 3, 224, 224), 3e38, np.float32))}
-    on_probability = {"output": "probability"}
-    yield Refusal("Tensors", "`PIXELS` of 3e38, `output=probability`", "PIXELS", on_probability, tensors=far, **own)
+    yield Refusal("Tensors", "`PIXELS` of 3e38", "PIXELS", tensors={"PIXELS": _pixels(3e38)}, **own)
     small = {"PIXELS": ("FP32", np.zeros((1, 3, 32, 32), np.float32))}
     yield Refusal("Tensors", "`PIXELS` of 32 x 32", "PIXELS", tensors=small, **own)
     yield Refusal("Tensors", "`LOGITS` of 5 classes", "LOGITS", tensors={"LOGITS": _logits(1, 5)}, **own)
     yield Refusal("Tensors", "`LOGITS` of no class", "LOGITS", tensors={"LOGITS": _logits(1, 0)}, **own)
     yield Refusal("Tensors", "two `PIXELS`, one `LOGITS`", "batch", tensors={"PIXELS": _pixels(0, 0)}, **own)
+    none = {
+        "PIXELS": ("FP32", _Raw(bytes(4 * 3 * 224 * 224), (0, 3, 224, 224))),
+        "LOGITS": ("FP32", _Raw(bytes(4 * classes), (0, classes))),
+    }
+    yield Refusal("Tensors", "`PIXELS` and `LOGITS` of a batch of none", "PIXELS", tensors=none, **own)
     many = {"PIXELS": _pixels(*[0] * 32), "LOGITS": _logits(32, classes)}
     yield Refusal("Tensors", "32 images, `n_steps=157`", "'n_steps'", {"n_steps": 157}, tensors=many, **own)
     wild = {"RELEVANCE": ("FP32", np.full((1, 224, 224), np.nan, np.float32))}
@@ -252,9 +261,16 @@ def _image_cases() -> Iterator[Refusal]:
         ("a PNG file of 7000 x 8000 pixels", "7000 x 8000 pixels", png_of_size(7000, 8000)),
         ("a PNG file of 1 x 1000 pixels", "long side", png_of_size(1, 1000)),
         ("a JPEG file of 60 scans", "scans", jpeg_of_scans(60)),
+        ("a JPEG file of 2000 empty segments", "segments", with_segments(jpeg, 2000, b"\xe5\x00\x02")),
+        ("a JPEG file of 100 Exif segments", "segments", with_segments(jpeg, 100, b"\xe1\x00\x08Exif\0\0")),
+        ("a JPEG file with a marker that is reserved", "marker", with_segments(jpeg, 1, b"\x02\x00\x02")),
+        ("a PNG file of 30000 empty chunks", "chunks", png_of_size(300, 300, empty_chunks=30_000)),
+        ("a WebP file of 30000 empty chunks", "chunks", webp[:12] + b"ABCD\0\0\0\0" * 30_000 + webp[12:]),
         ("32 MiB and a byte", "bytes", jpeg + b"\0" * (MAX_IMAGE_BYTES + 1 - len(jpeg))),
     ):
         yield Refusal("Images", what, names, tensors=_files(file))
+    many = _files(*[encode(scene.resize((3000, 3000)), "JPEG")] * 12)
+    yield Refusal("Images", "twelve images of 3000 x 3000 pixels", "108000000 pixels in 12 images", tensors=many)
 
 
 def table(refusals: Sequence[tuple[Refusal, str]]) -> str:
@@ -266,7 +282,8 @@ def table(refusals: Sequence[tuple[Refusal, str]]) -> str:
         f"({len(CLASSES)} classes). Each was answered",
         "with INVALID_ARGUMENT, and so is each alone in a batch with good ones. Requests go to `explain` unless their "
         "tensors are those",
-        "of `integrated_gradients` or `heatmap`. Numbers in messages are settings in the models' `config.pbtxt`.",
+        "of `integrated_gradients` or `heatmap`. Parameters are checked by the step that reads them, if it runs.",
+        "Numbers in messages are settings in the models' `config.pbtxt`.",
     ]
     for group in dict.fromkeys(refusal.group for refusal, _ in refusals):
         lines += ["", f"## {group}", "", "| sent | answer |", "|---|---|"]

@@ -28,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,6 @@ SHARED_MEMORY = Path("/dev/shm")
 # What a client that wants predictions does not need, and could harm others with.
 RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
 ADMIN_HEADER = "admin-key"
-KEY_FILE = OUTPUTS / "admin.key"
 
 
 class ServerError(Exception):
@@ -272,12 +271,12 @@ def main() -> None:
     try:
         print("starting Triton ...", flush=True)
         ensure_exported(arguments.repository)
-        with EmbeddedServer(arguments.repository, Ports.from_environment()) as server:
+        with EmbeddedServer(arguments.repository, Ports.from_environment()) as server, _key_file(server) as key:
             print(f"gRPC     {server.grpc_url}")
             print(f"HTTP     http://{server.http_url}")
             print(f"metrics  {server.metrics_url}")
             print(f"log      {server.log_file}")
-            print(f"key      {_write_key(server)}")
+            print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
             code = server.process.wait()
             sys.exit(f"server: Triton ended by itself with code {code}; see {server.log_file}")
@@ -285,16 +284,19 @@ def main() -> None:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:
         print("stopped")
-    finally:
-        KEY_FILE.unlink(missing_ok=True)
 
 
-def _write_key(server: EmbeddedServer) -> Path:
-    """Leave the key of the restricted APIs where this user alone can read it."""
-    KEY_FILE.unlink(missing_ok=True)
-    with os.fdopen(os.open(KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+@contextlib.contextmanager
+def _key_file(server: EmbeddedServer) -> Iterator[Path]:
+    """Leave the key of the restricted APIs where this user alone can read it, while the server runs."""
+    path = OUTPUTS / f"admin-{server.ports.grpc}.key"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write("".join(server.http_admin_headers.values()) + "\n")
-    return KEY_FILE
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _interrupt(number: int, frame: object) -> None:

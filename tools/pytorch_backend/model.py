@@ -24,6 +24,8 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         self.inputs = sorted((tensor["name"] for tensor in config["input"]), key=_position)
+        dims = {tensor["name"]: tensor["dims"] for tensor in config["input"]}
+        self.dimensions = [1 + len(dims[name]) for name in self.inputs]
         self.outputs = sorted((tensor["name"] for tensor in config["output"]), key=_position)
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
@@ -34,22 +36,32 @@ class TritonPythonModel:
 
     @torch.inference_mode()
     def execute(self, requests):
-        batches = [
-            [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
-            for request in requests
-        ]
+        responses = [None] * len(requests)
+        batches = {}
+        for number, request in enumerate(requests):
+            batch = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+            # Of a batch of none, Triton 2.51 makes a single one without its batch dimension; others may be beside it.
+            if [array.ndim for array in batch] == self.dimensions:
+                batches[number] = batch
+            else:
+                message = f"{', '.join(self.inputs)} must be at least one"
+                error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
+                responses[number] = pb_utils.InferenceResponse(error=error)
+        if not batches:
+            return responses
         arguments = [
-            torch.cat([torch.from_numpy(array) for array in column]).to(self.device) for column in zip(*batches)
+            torch.cat([torch.from_numpy(array) for array in column]).to(self.device)
+            for column in zip(*batches.values())
         ]
         results = self.module(*arguments)
         results = [result.cpu() for result in (results if isinstance(results, tuple) else (results,))]
-        responses, start = [], 0
-        for request, batch in zip(requests, batches):
+        start = 0
+        for number, batch in batches.items():
             rows = slice(start, start + len(batch[0]))
             start = rows.stop
-            wanted = request.requested_output_names()
+            wanted = requests[number].requested_output_names()
             tensors = [
                 pb_utils.Tensor(name, results[_position(name)][rows].numpy()) for name in self.outputs if name in wanted
             ]
-            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+            responses[number] = pb_utils.InferenceResponse(output_tensors=tensors)
         return responses

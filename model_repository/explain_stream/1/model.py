@@ -22,6 +22,8 @@ from stream_levels import LEAST_DEADLINE_MS, Attribution, Sharpening, plan_strea
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
 
+# The contract has some twenty parameters; each part of a stream is asked for with all of them.
+MOST_PARAMETERS = 64
 # How the messages begin with which the other models refuse a request, and those of a timeout.
 REFUSALS = ("parameter ", "unknown parameter ", "IMAGE ", "TARGET ", "PIXELS ", "LOGITS ", "RELEVANCE ")
 TIMEOUTS = ("the request's timeout ", "Request timeout expired")
@@ -36,17 +38,28 @@ class StreamError(Exception):
 
 
 class _Stream:
-    """A request that is being answered."""
+    """A request that is being answered.
 
-    def __init__(self, request, sender) -> None:
+    Raises:
+        StreamError: it is larger than a stream may be.
+    """
+
+    def __init__(self, request, sender, max_bytes: int) -> None:
         self.arrived = time.monotonic()
         self.sender = sender
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.wanted = set(request.requested_output_names())
         self.images = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().copy()
+        if self.images.ndim != 2:  # of a batch of none, Triton 2.51 makes a single one without its batch dimension
+            raise _refusal("IMAGE must be at least one")
+        size = sum(map(len, self.images[:, 0]))
+        if size > max_bytes:
+            raise _refusal(f"IMAGE has {size} bytes in {len(self.images)} images; a stream takes at most {max_bytes}")
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         self.target = np.full((len(self.images), 1), -1, np.int64) if target is None else target.as_numpy().copy()
         sent = json.loads(request.parameters())
+        if len(sent) > MOST_PARAMETERS:
+            raise _refusal(f"parameter count must be at most {MOST_PARAMETERS}, not {len(sent)}")
         self.parameters = {name: value for name, value in sent.items() if not name.startswith("triton_")}
         self.plan = plan_stream(self.parameters)
 
@@ -79,9 +92,8 @@ class _Stream:
 class TritonPythonModel:
     def initialize(self, args):
         settings = json.loads(args["model_config"])["parameters"]
-        self.max_streams, predicting, refining = (
-            int(settings[name]["string_value"]) for name in ("max_streams", "prediction_threads", "refinement_threads")
-        )
+        names = ("max_streams", "max_stream_bytes", "prediction_threads", "refinement_threads")
+        self.max_streams, self.max_bytes, predicting, refining = (int(settings[name]["string_value"]) for name in names)
         self.predictions = ThreadPoolExecutor(predicting, "prediction")
         self.refinements = ThreadPoolExecutor(refining, "refinement")
         self.under_way, self.lock = 0, threading.Lock()
@@ -93,38 +105,41 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
-            try:
-                stream = _Stream(request, sender)
-            except Exception as failure:  # left to Triton, it would leave the client waiting for ever
-                _refuse(sender, _internal_error(failure))
-                continue
             with self.lock:
                 is_taken = self.under_way < self.max_streams
                 self.under_way += is_taken
             if not is_taken:
                 message = f"{self.max_streams} streams are under way, which is the most this server takes"
-                error = pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE)
-                _refuse(sender, error)
+                _refuse(sender, pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+                continue
+            try:
+                stream = _Stream(request, sender, self.max_bytes)
+            except Exception as failure:  # left to Triton, it would leave the client waiting for ever
+                self._end(sender, failure)
                 continue
             self.predictions.submit(self._advance, stream, self._answer(stream))
 
     def _advance(self, stream: _Stream, answer: Iterator[tuple[dict[str, np.ndarray], bool]]) -> None:
         """Do a stream's next task and line up for the one after it; whatever happens, a stream gets its end."""
-        error = None
         try:
             outputs, is_last = next(answer)
             _send(stream, outputs, is_last)
             if not is_last:
                 self.refinements.submit(self._advance, stream, answer)
                 return
-        except StreamError as failure:
-            error = failure.error
         except Exception as failure:  # anything else would leave the client waiting for ever
-            error = _internal_error(failure)
+            self._end(stream.sender, failure)
+        else:
+            self._end(stream.sender)
+
+    def _end(self, sender, failure: Exception | None = None) -> None:
+        """A stream is over: answered to the end, or ended by an error."""
         with self.lock:
             self.under_way -= 1
-        if error is not None:
-            _refuse(stream.sender, error)
+        if isinstance(failure, StreamError):
+            _refuse(sender, failure.error)
+        elif failure is not None:
+            _refuse(sender, _internal_error(failure))
 
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
         """The outputs of each response to a stream, and whether it is the last.
@@ -160,8 +175,7 @@ class TritonPythonModel:
         classes = logits.shape[1]
         wrong = stream.target[(stream.target < -1) | (stream.target >= classes)]
         if wrong.size:
-            message = f"TARGET must be from -1 (the predicted class) to {classes - 1}, not {wrong[0]}"
-            raise StreamError(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+            raise _refusal(f"TARGET must be from -1 (the predicted class) to {classes - 1}, not {wrong[0]}")
         target = np.where(stream.target == -1, logits.argmax(axis=1)[:, None], stream.target)
         return pixels, logits, found["OUTPUT__1"], target
 
@@ -216,6 +230,10 @@ def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
         if error.message().startswith(beginnings):
             return pb_utils.TritonError(error.message(), code)
     return error
+
+
+def _refusal(message: str) -> StreamError:
+    return StreamError(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
 def _internal_error(failure: Exception) -> pb_utils.TritonError:

@@ -19,7 +19,7 @@ LEAST_NODES = 4
 # The most of one request, for each image: between two of them a stream can be cancelled.
 MOST_NODES = 32
 # Of a request that is cut into levels: a number from a stranger must not make a list as long.
-MOST_STEPS = 100_000
+MOST_STEPS = 10_000
 # What goes before a request that finds its own steps.
 ROUGH_TOLERANCE = 0.5
 ROUGH_STEPS = 3

@@ -45,13 +45,14 @@ def parse_parameters(sent: Mapping[str, Any], foreign: Set[str] = frozenset()) -
         ParameterError: names the parameter, what came and what is allowed.
     """
     own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    fields = HeatmapParameters.model_fields
+    for name in own:
+        if name not in fields:
+            raise ParameterError(f"unknown parameter {name!r:.100}; known are {', '.join(sorted(fields))}")
     try:
         return HeatmapParameters.model_validate(own)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-    fields = HeatmapParameters.model_fields
-    if name not in fields:
-        raise ParameterError(f"unknown parameter {name!r}; known are {', '.join(sorted(fields))}")
     choices = ", ".join(getattr(fields[name].annotation, "__args__", ()))
     raise ParameterError(
         f"parameter {name!r} must be {fields[name].description.format(choices=choices)}, not {own[name]!r:.100}"

@@ -41,6 +41,8 @@ class TritonPythonModel:
         pixels, relevance = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("PIXELS", "RELEVANCE")
         )
+        if pixels.ndim != 4 or relevance.ndim != 3:  # what Triton 2.51 makes of a batch of none
+            raise TensorError("PIXELS and RELEVANCE must be at least one")
         for name, values in (("PIXELS", pixels), ("RELEVANCE", relevance)):
             if not np.isfinite(values).all():
                 raise TensorError(f"{name} must be finite")

@@ -135,6 +135,10 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
         ParameterError: names the parameter, what came and what is allowed.
     """
     own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    fields = AttributionParameters.model_fields
+    for name in own:
+        if name not in fields:
+            raise ParameterError(f"unknown parameter {name!r:.100}; known are {', '.join(sorted(fields))}")
     try:
         parameters = AttributionParameters.model_validate(own)
     except ValidationError as error:
@@ -147,8 +151,6 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
 
 def _refusal(name: str, value: Any, limits: Limits) -> ParameterError:
     fields = AttributionParameters.model_fields
-    if name not in fields:
-        return ParameterError(f"unknown parameter {name!r:.100}; known are {', '.join(sorted(fields))}")
     choices = ", ".join(map(str, getattr(fields[name].annotation, "__args__", ())))
     allowed = fields[name].description.format(**asdict(limits), choices=choices)
     return ParameterError(f"parameter {name!r} must be {allowed}, not {value!r:.100}")

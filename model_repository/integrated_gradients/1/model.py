@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # the types of pb_utils are not there yet when this is read
 
+import contextlib
 import hashlib
 import json
 import math
@@ -20,6 +21,9 @@ from attribution_parameters import AttributionParameters, Limits, ParameterError
 from engine_loading import build_engine
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
+
+# Normalised pixels lie within 3 or so. Numbers so large that they overflow on the way would reach the rows beside them.
+LARGEST_PIXEL = 1e4
 
 
 class TensorError(ValueError):
@@ -57,8 +61,8 @@ class _Answer:
         return self.is_late() or self._request.is_cancelled()
 
     def send(self, response: pb_utils.InferenceResponse) -> None:
-        self.is_sent = True
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.is_sent = True
 
     def refuse(self, message: str, code: int) -> None:
         """Answer with an error: ``code`` is one of ``pb_utils.TritonError``'s."""
@@ -132,14 +136,18 @@ class TritonPythonModel:
             answer = answer_of_job[index]
             answer.explanations[index - answer_of_job.index(answer)] = explanation
             if len(answer.explanations) == len(answer.work.targets):
-                self._respond(answer)
+                try:
+                    self._respond(answer)
+                except Exception as failure:
+                    self._fail([answer], failure)
         self._count_rows()
 
     def _fail(self, answers: list[_Answer], failure: Exception) -> None:
         """Answer for an error of this model's own."""
         pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
         for answer in answers:
-            answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
+            with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
+                answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
 
     def finalize(self):
         del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
@@ -162,12 +170,17 @@ class TritonPythonModel:
             torch.from_numpy(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("PIXELS", "LOGITS")
         )
+        if pixels.dim() != 4 or logits.dim() != 2:  # what Triton 2.51 makes of a batch of none
+            raise TensorError("PIXELS and LOGITS must be at least one")
         parameters.check_cost(len(pixels), self.limits)
         if logits.shape[1] != self.classes:
             raise TensorError(f"LOGITS must be of the classifier's {self.classes} classes, not {logits.shape[1]}")
         for name, values in (("PIXELS", pixels), ("LOGITS", logits)):
             if not values.isfinite().all():
                 raise TensorError(f"{name} must be finite")
+        largest = pixels.abs().max().item()
+        if largest > LARGEST_PIXEL:
+            raise TensorError(f"PIXELS must be from {-LARGEST_PIXEL:g} to {LARGEST_PIXEL:g}, not up to {largest:g}")
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         wanted = [-1] * len(pixels) if target is None else target.as_numpy()[:, 0].tolist()
         for index in wanted:
@@ -223,10 +236,7 @@ class TritonPythonModel:
             return
         attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
         if not np.isfinite(attributions).all():
-            largest = work.pixels.abs().max().item()
-            message = f"PIXELS must be such that gradients at them are finite; theirs, up to {largest:g}, are not"
-            answer.refuse(message, pb_utils.TritonError.INVALID_ARG)
-            return
+            raise ArithmeticError("the gradients are not finite")
         saliency = attributions.sum(axis=1)
         deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).cpu().numpy()
         outputs = {

@@ -3,10 +3,13 @@
 import json
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from image_decoding import ImageError, ImageLimits, load_pixels
+from image_decoding import ImageLimits, load_pixels, open_image
+from image_structure import ImageError
+from PIL import Image
 
 
 class TritonPythonModel:
@@ -16,7 +19,8 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
         self.mean, self.std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
-        self.limits = ImageLimits(int(settings["max_image_bytes"]), int(settings["max_image_pixels"]))
+        limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
+        self.limits = ImageLimits(*(int(settings[name]) for name in limits))
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
@@ -36,14 +40,28 @@ class TritonPythonModel:
 
     def _preprocess(self, request) -> tuple[np.ndarray, np.ndarray]:
         """Pixels float32 [n, 3, 224, 224] and targets int64 [n, 1] of a request."""
-        files = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()[:, 0]
+        files = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
+        if files.ndim != 2:  # of a batch of none, Triton 2.51 makes a single one without its batch dimension
+            raise ImageError("IMAGE must be at least one")
         target = np.full((len(files), 1), -1, np.int64) if target is None else target.as_numpy()
-        pixels = []
-        for index, encoded in enumerate(files):
+        images = self._for_each(lambda file: open_image(file, self.limits), files[:, 0])
+        pixels = sum(image.width * image.height for image in images)
+        if pixels > self.limits.max_request_pixels:
+            most = self.limits.max_request_pixels
+            raise ImageError(f"IMAGE has {pixels} pixels in {len(images)} images; at most {most} are allowed")
+        return np.stack(self._for_each(self._load, images)), target
+
+    def _load(self, image: Image.Image) -> np.ndarray:
+        return load_pixels(image, self.mean, self.std, self.limits).numpy()
+
+    def _for_each(self, function: Callable, values: Sequence) -> list:
+        """``function`` of each value; what it refuses is numbered."""
+        results = []
+        for index, value in enumerate(values):
             try:
-                pixels.append(load_pixels(encoded, self.mean, self.std, self.limits))
+                results.append(function(value))
             except ImageError as error:
-                where = f" (image {index} of {len(files)})" if len(files) > 1 else ""
+                where = f" (image {index} of {len(values)})" if len(values) > 1 else ""
                 raise ImageError(f"{error}{where}") from None
-        return np.stack(pixels), target
+        return results
