@@ -65,7 +65,7 @@ def test_edges_rise_from_0_to_1_for_any_number_of_steps(demo_density, n_steps):
 def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(engine):
     errors = {"logit": [], "probability": []}
     for index in (0, 1):
-        integrals = integrate(engine, job(engine, index, 1).image, job(engine, index, 1).target, 512)
+        integrals = integrate(engine, job(engine, index, 1).image, job(engine, index, 1).target, 256)
         for output, own in errors.items():
             one = job(engine, index, 20, probability=output == "probability")
             captums = Job(one.image, one.baseline, one.target, 50, probability=one.probability)
