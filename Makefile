@@ -4,7 +4,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream lint quality localisation refusals constraints clean
+.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
@@ -19,7 +19,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Every benchmark.
-bench: bench-engine bench-deadlines bench-stream
+bench: bench-engine bench-deadlines bench-stream bench-server
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -37,6 +37,10 @@ bench-deadlines: $(INSTALLED)
 # When a stream's prediction comes while other clients' gradients fill the machine.
 bench-stream: $(INSTALLED)
 	$(BIN)/python -m tools.bench_stream $(ARGS)
+
+# The whole server against a FastAPI service around Captum, over the wire.
+bench-server: $(INSTALLED)
+	$(BIN)/python -m tools.bench_server $(ARGS)
 
 # How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
 quality: $(INSTALLED)

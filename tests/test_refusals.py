@@ -201,17 +201,6 @@ def test_a_timeout_ends_the_work_for_a_request(server, triton, images):
     assert rows_passed(server) - before < 500
 
 
-def test_a_timeout_ends_the_waiting_of_a_request(server, triton, images):
-    with ThreadPoolExecutor(1) as pool:
-        blocker = pool.submit(block_gradients, triton, images)
-        time.sleep(0.5)
-        with pytest.raises(InferenceServerException) as refusal:
-            infer(triton, images[:1], n_steps=4, timeout_seconds=0.2)
-        assert refusal.value.status() == "StatusCode.UNAVAILABLE"
-        assert not blocker.done()
-        blocker.result()
-
-
 def test_a_timeout_ends_a_stream(server, images):
     started = time.monotonic()
     heard = Stream(server, images[:1], timeout_seconds=1, n_steps=1000).hear()

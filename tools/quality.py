@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -166,7 +167,7 @@ def compare(found: Explanation, integral: Tensor) -> dict[str, float]:
         "rank_correlation": rank_correlation(found.attributions.sum(dim=0), integral.sum(dim=0)),
         "gap": (found.convergence_delta / change).abs().item(),
         "steps": found.n_steps,
-        "estimate": found.error_estimate,
+        "estimate": None if math.isnan(found.error_estimate) else found.error_estimate,  # JSON has no NaN
     }
 
 

@@ -165,8 +165,8 @@ class EmbeddedServer:
                     ) from None
 
     def _start(self) -> None:
-        server = _wheel_folder("pytriton") / "tritonserver"
-        libraries = [str(_wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
+        server = wheel_folder("pytriton") / "tritonserver"
+        libraries = [str(wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
         command = [
             str(server / "bin" / "tritonserver"),
             f"--model-repository={self.repository}",
@@ -242,7 +242,12 @@ class EmbeddedServer:
         return f"the server ended with code {self.process.returncode} before it was ready; see {self.log_file}"
 
 
-def _wheel_folder(package: str) -> Path:
+def wheel_folder(package: str) -> Path:
+    """Where an installed package lies.
+
+    Raises:
+        ServerError: it is not installed.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ServerError("nvidia-pytriton, which carries the Triton server, is not installed; run make serve")

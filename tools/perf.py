@@ -1,0 +1,123 @@
+"""The real perf_analyzer against one of the served models: ``python -m tools.perf explain --concurrency-range 1:4``.
+
+The tritonclient wheel brings the binary; two libraries that it wants lie in the embedded server's wheel under other
+names. This finds and links them, writes JPEG images as input data, and passes every further option on. It measures a
+server that runs (``-u HOST:PORT``), or starts one for the run. `explain_stream` is measured as a stream is, and its
+report read from the profile export, since what perf_analyzer prints of a stream is its last response.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bench_server import jpeg_images
+from tools.export import ensure_exported
+from tools.paths import OUTPUTS
+from tools.server import EmbeddedServer, Ports, wheel_folder
+
+MODELS = ("classify", "explain", "explain_stream")
+# Names that perf_analyzer wants, and how the wheel's begin.
+LIBRARIES = {"libb64.so.0d": "libb64-", "libcudart.so.12": "libcudart-"}
+USAGE = f"usage: python -m tools.perf {{{','.join(MODELS)}}} [options of perf_analyzer ...]"
+
+
+def run(model: str, url: str, options: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run perf_analyzer over gRPC; its files go to ``folder``.
+
+    Args:
+        model: one of ``MODELS``.
+        url: host and gRPC port.
+        options: of perf_analyzer, passed on as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "input.json"
+    data.write_text(
+        json.dumps({"data": [{"IMAGE": {"b64": _as_input(image), "shape": [1]}} for image in jpeg_images()]})
+    )
+    command = [str(Path(sys.executable).with_name("perf_analyzer")), "-m", model, "-u", url, "-i", "grpc"]
+    command += ["--input-data", str(data), "-f", str(folder / f"{model}.csv")]
+    profile = folder / f"{model}.json"
+    profile.unlink(missing_ok=True)  # it does not write over one
+    command += ["--profile-export-file", str(profile)]
+    if model == "explain_stream":
+        command += ["--streaming", "--async"]
+    libraries = wheel_folder("pytriton").parent / "nvidia_pytriton.libs"
+    with tempfile.TemporaryDirectory(prefix="perf-libraries-") as links:
+        for name, beginning in LIBRARIES.items():
+            (Path(links) / name).symlink_to(next(libraries.glob(f"{beginning}*")))
+        path = os.pathsep.join([links, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep)
+        environment = {**os.environ, "LD_LIBRARY_PATH": path}
+        return subprocess.run([*command, *options], env=environment, text=True, check=False)
+
+
+def _as_input(image: bytes) -> str:
+    """A BYTES element as perf_analyzer takes it: base64 of its length and its content."""
+    return base64.b64encode(struct.pack("<I", len(image)) + image).decode()
+
+
+def read_profile(file: Path) -> list[dict[str, Any]]:
+    """For each load of a profile export: requests, and milliseconds to the first and the last response.
+
+    ``first_ms`` and ``last_ms`` have p50, p95 and p99; they are the same but for streams.
+    """
+    found = []
+    # It repeats the images, as bytes that are no text.
+    content = json.loads(file.read_text(errors="replace"), strict=False)
+    for experiment in content["experiments"]:
+        requests = experiment["requests"]
+        waits = np.array(
+            [
+                [request["response_timestamps"][at] - request["timestamp"] for at in (0, -1)]
+                for request in requests
+                if request["response_timestamps"]
+            ]
+        )
+        percentiles = np.percentile(waits / 1e6, (50, 95, 99), axis=0).round(1)
+        found.append(
+            {
+                "load": experiment["experiment"],
+                "requests": len(requests),
+                "first_ms": percentiles[:, 0].tolist(),
+                "last_ms": percentiles[:, 1].tolist(),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or words[0] not in MODELS:
+        sys.exit(USAGE)
+    model, options = words[0], words[1:]
+    folder = OUTPUTS / "perf"
+    if "-u" in options:
+        at = options.index("-u")
+        url, options = options[at + 1], options[:at] + options[at + 2 :]
+        server = nullcontext()
+    else:
+        ensure_exported()
+        server = EmbeddedServer(ports=Ports.free(), log_file=folder / "triton.log")
+        url = server.grpc_url
+    with server:
+        code = run(model, url, options, folder).returncode
+    if code == 0:
+        for entry in read_profile(folder / f"{model}.json"):
+            print(json.dumps(entry))
+    print(f"files in {folder}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
