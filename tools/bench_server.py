@@ -19,8 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,15 @@ import httpx
 import numpy as np
 import torch
 import tritonclient.grpc
-from PIL import Image
 from tqdm import tqdm
 
 from tools.export import ensure_exported
+from tools.load import Ask, jpeg_images, run_block, saturated, triton_asker
 from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS, ROOT
-from tools.refusals import encode
 from tools.server import HOST, EmbeddedServer, Ports
-from tools.shapes.dataset import draw_view
 
 BASELINE = "FastAPI + Captum, 50 steps"
-IMAGES = 8
 # Requests of the first block of a contender serve as warm-up.
 WARM_UPS = 2
 ATTRIBUTIONS, HEATMAP = ("PROBABILITIES", "ATTRIBUTIONS", "CONVERGENCE_DELTA"), ("PROBABILITIES", "HEATMAP")
@@ -52,17 +47,6 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 MODELS = ("preprocess", "classifier", "integrated_gradients", "heatmap")
 # What saturates: clients and the steps of each of their requests.
 SATURATING_CLIENTS, SATURATING_STEPS = 8, 200
-
-Ask = Callable[[int], int]  # about an image, by its number; returns the bytes of request and response
-
-
-def jpeg_images() -> list[bytes]:
-    """JPEG files of held-out scenes, as a phone's smallest pictures are."""
-    return [encode(_image(index), "JPEG", quality=90) for index in range(IMAGES)]
-
-
-def _image(index: int) -> Image.Image:
-    return Image.fromarray(draw_view("test", index).image)
 
 
 class BaselineService:
@@ -99,71 +83,6 @@ class BaselineService:
             return len(image) + len(answer.content)
 
         return ask
-
-
-def triton_asker(
-    url: str, model: str, images: list[bytes], outputs: tuple[str, ...], parameters: dict[str, Any]
-) -> Ask:
-    client = tritonclient.grpc.InferenceServerClient(url)
-    inputs = []
-    for image in images:
-        inputs.append(tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES"))
-        inputs[-1].set_data_from_numpy(np.array([[image]], np.object_))
-    wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
-
-    def ask(number: int) -> int:
-        index = number % len(images)
-        result = client.infer(model, [inputs[index]], outputs=wanted, parameters=parameters)
-        for name in outputs:
-            result.as_numpy(name)
-        return len(images[index]) + result.get_response().ByteSize()
-
-    return ask
-
-
-@dataclass
-class Block:
-    """What closed-loop clients saw."""
-
-    seconds: list[float] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    elapsed: float = 0.0
-
-
-def run_block(make_asker: Callable[[], Ask], clients: int, requests: int, most_seconds: float = float("inf")) -> Block:
-    """So many requests by clients that each ask the next as soon as they have an answer; fewer if time is over."""
-    block, lock = Block(), threading.Lock()
-    numbers = iter(range(requests))
-    failures: list[Exception] = []
-
-    def work() -> None:
-        ask = make_asker()
-        try:
-            while True:
-                with lock:
-                    number = next(numbers, None)
-                if number is None or time.perf_counter() > until:
-                    return
-                started = time.perf_counter()
-                size = ask(number)
-                taken = time.perf_counter() - started
-                with lock:
-                    block.seconds.append(taken)
-                    block.sizes.append(size)
-        except Exception as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=work) for _ in range(clients)]
-    started = time.perf_counter()
-    until = started + most_seconds
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    block.elapsed = time.perf_counter() - started
-    if failures:
-        raise failures[0]
-    return block
 
 
 class MemoryWatch:
@@ -240,27 +159,6 @@ def measure_throughput(
             }
         )
     return rows
-
-
-@contextmanager
-def saturated(make_asker: Callable[[], Ask], clients: int) -> Iterator[None]:
-    """Clients that ask without a pause."""
-    is_over = threading.Event()
-
-    def work() -> None:
-        ask, number = make_asker(), 0
-        while not is_over.is_set():
-            ask(number)
-            number += 1
-
-    threads = [threading.Thread(target=work) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    time.sleep(3)  # all of them wait for gradients now
-    yield
-    is_over.set()
-    for thread in threads:
-        thread.join()
 
 
 def measure_isolation(

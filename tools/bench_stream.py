@@ -8,109 +8,63 @@ medians and their ratios and writes JSON.
 from __future__ import annotations
 
 import argparse
-import io
 import queue
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tritonclient.grpc
-from PIL import Image
 
 from tools.export import ensure_exported
+from tools.load import jpeg_images, saturated, triton_asker
 from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
-from tools.shapes.dataset import draw_scene
 
 CALLS = ("classify", "first response of a stream")
 
 
-class Caller:
-    """A client that asks about one image."""
-
-    def __init__(self, url: str, image: bytes) -> None:
-        self.client = tritonclient.grpc.InferenceServerClient(url)
-        self.input = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
-        self.input.set_data_from_numpy(np.array([[image]], np.object_))
-
-    def classify(self) -> None:
-        self.client.infer("classify", [self.input]).as_numpy("PROBABILITIES")
-
-    def explain(self, n_steps: int) -> None:
-        wanted = [tritonclient.grpc.InferRequestedOutput("SALIENCY")]
-        self.client.infer("explain", [self.input], outputs=wanted, parameters={"n_steps": n_steps})
-
-    def first_response(self) -> float:
-        """Seconds from asking to the prediction; the rest of the stream is cancelled."""
-        responses: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-        self.client.start_stream(callback=lambda result, error: responses.put((result, error)))
-        started = time.perf_counter()
-        self.client.async_stream_infer("explain_stream", [self.input])
-        result, error = responses.get(timeout=120)
-        seconds = time.perf_counter() - started
-        if error is not None:
-            raise error
-        result.as_numpy("PROBABILITIES")
-        self.client.stop_stream(cancel_requests=True)
-        return seconds
-
-
-@contextmanager
-def saturated(url: str, image: bytes, clients: int, n_steps: int) -> Iterator[None]:
-    """Clients that ask for explanations without a pause, each the next as soon as it has one."""
-    is_over = threading.Event()
-    failures: list[Exception] = []
-
-    def ask() -> None:
-        caller = Caller(url, image)
-        try:
-            while not is_over.is_set():
-                caller.explain(n_steps)
-        except Exception as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=ask) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    time.sleep(3)  # all of them are waiting for gradients now
-    try:
-        yield
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+def first_response(url: str, image: bytes) -> float:
+    """Seconds from asking for a stream to its prediction; the rest of it is cancelled."""
+    client = tritonclient.grpc.InferenceServerClient(url)
+    file = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
+    file.set_data_from_numpy(np.array([[image]], np.object_))
+    responses: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+    client.start_stream(callback=lambda result, error: responses.put((result, error)))
+    started = time.perf_counter()
+    client.async_stream_infer("explain_stream", [file])
+    result, error = responses.get(timeout=120)
+    seconds = time.perf_counter() - started
+    if error is not None:
+        raise error
+    result.as_numpy("PROBABILITIES")
+    client.stop_stream(cancel_requests=True)
+    client.close()
+    return seconds
 
 
 def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, calls: int) -> dict[str, Any]:
     """Seconds of each call in either condition."""
-    file = io.BytesIO()
-    Image.fromarray(draw_scene("test", 0, size=256).image).save(file, "PNG")
-    image = file.getvalue()
-    caller = Caller(server.grpc_url, image)
+    url, images = server.grpc_url, jpeg_images()
+    classify = triton_asker(url, "classify", images, ("PROBABILITIES",), {})
     seconds: dict[str, dict[str, list[float]]] = {call: {"idle": [], "saturated": []} for call in CALLS}
 
     def block(condition: str) -> None:
-        for _ in range(calls):
-            seconds[CALLS[0]][condition].append(timed(caller.classify))
-            seconds[CALLS[1]][condition].append(caller.first_response())
+        for number in range(calls):
+            seconds[CALLS[0]][condition].append(timed(lambda number=number: classify(number)))
+            seconds[CALLS[1]][condition].append(first_response(url, images[number % len(images)]))
             time.sleep(0.3)  # what was under way when it was cancelled comes to its end
 
-    for _ in range(3):
-        caller.classify()
-        caller.first_response()
+    for number in range(3):
+        classify(number)
+        first_response(url, images[number])
     for _ in range(blocks):
         block("idle")
-        with saturated(server.grpc_url, image, clients, n_steps):
+        with saturated(lambda: triton_asker(url, "explain", images, ("SALIENCY",), {"n_steps": n_steps}), clients):
             block("saturated")
     return seconds
 

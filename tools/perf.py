@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.bench_server import jpeg_images
 from tools.export import ensure_exported
+from tools.load import jpeg_images
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports, wheel_folder
 

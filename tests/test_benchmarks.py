@@ -1,0 +1,62 @@
+"""What the benchmarks stand on: the peer answers what it should, and the real perf_analyzer runs against the server."""
+
+from __future__ import annotations
+
+import httpx
+import numpy as np
+import pytest
+from conftest import relative_distance
+from test_serving import infer
+
+from tools.bench_server import BaselineService
+from tools.load import jpeg_images, run_block, saturated
+from tools.perf import read_profile, run
+
+
+@pytest.mark.slow
+def test_the_peer_explains_the_same_as_the_server(triton):
+    image = jpeg_images()[0]
+    with BaselineService() as service:
+        answer = httpx.post(f"{service.url}/explain", content=image, timeout=120).json()
+    served = infer(triton, [image])
+    # Captum in float32 is up to 4e-3 from float64 on such images: a flipped activation is that much.
+    assert relative_distance(np.array(answer["attributions"]), served["ATTRIBUTIONS"][0]) <= 5e-3
+    assert answer["probability"] == pytest.approx(served["PROBABILITIES"].max(), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["classify", "explain_stream"])
+def test_perf_analyzer_measures_the_models(server, tmp_path, model):
+    options = ["--concurrency-range", "1", "--measurement-mode", "count_windows", "--measurement-request-count", "3"]
+    options += ["--stability-percentage", "99", "--request-parameter", "n_steps:16:int"]
+    assert run(model, server.grpc_url, options, tmp_path).returncode == 0
+    (found,) = read_profile(tmp_path / f"{model}.json")
+    assert found["requests"] >= 3
+    assert found["first_ms"][0] > 0
+    assert (found["first_ms"] == found["last_ms"]) == (model == "classify")
+    assert (tmp_path / f"{model}.csv").read_text().startswith("Concurrency,")
+
+
+def test_blocks_count_what_clients_saw():
+    asked = []
+
+    def make_asker():
+        return lambda number: asked.append(number) or 10
+
+    block = run_block(make_asker, clients=3, requests=7)
+    assert sorted(asked) == list(range(7))
+    assert (len(block.seconds), block.sizes) == (7, [10] * 7)
+    assert len(run_block(make_asker, clients=1, requests=5, most_seconds=-1).seconds) == 0
+
+
+def test_failures_of_clients_fail_the_block():
+    def make_asker():
+        def ask(number):
+            raise RuntimeError("no answer")
+
+        return ask
+
+    with pytest.raises(RuntimeError, match="no answer"):
+        run_block(make_asker, clients=2, requests=3)
+    with pytest.raises(RuntimeError, match="no answer"), saturated(make_asker, clients=2):
+        pass
