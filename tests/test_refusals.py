@@ -100,7 +100,8 @@ def block_gradients(triton, images) -> None:
         infer(triton, images[:1], n_steps=1000, nt_samples=5, outputs=("N_STEPS",), timeout_seconds=4)
 
 
-INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": INVALID_ARGUMENT}
+# A stream's errors are messages without a status: with the header that asks for one, Triton 2.51 crashes now and then.
+INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": ""}
 ROADS = {"gRPC": ask_grpc, "HTTP": ask_http, "stream": ask_stream}
 
 
@@ -176,10 +177,10 @@ def test_a_bad_image_harms_no_other_on_any_road(server, triton, images, road):
 
 def test_a_stream_of_too_many_parameters_or_bytes_is_refused(server, images):
     heard = Stream(server, images[:1], **{f"p{number}": 1 for number in range(100)}).hear()
-    assert (heard.error.status(), heard.responses) == (INVALID_ARGUMENT, [])
+    assert not heard.responses
     assert "parameter count must be at most 64, not 100" in heard.error.message()
     heard = Stream(server, [b"x" * 40_000_000] * 2).hear()
-    assert (heard.error.status(), heard.responses) == (INVALID_ARGUMENT, [])
+    assert not heard.responses
     assert "a stream takes at most 67108864" in heard.error.message()
 
 
@@ -205,7 +206,6 @@ def test_a_timeout_ends_a_stream(server, images):
     started = time.monotonic()
     heard = Stream(server, images[:1], timeout_seconds=1, n_steps=1000).hear()
     assert "timeout" in heard.error.message()
-    assert heard.error.status() == "StatusCode.UNAVAILABLE"
     assert set(heard.responses[0]) == {"PROBABILITIES", "EXPLAINED_CLASS"}
     assert time.monotonic() - started < 10
 

@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from explain_client.client import DEFAULT_URL, DEFAULT_WANT
-from explain_client.errors import ExplainError, from_triton
+from explain_client.errors import ExplainError, from_stream, from_triton
 from explain_client.images import ImageSource
 from explain_client.protocol import (
     Call,
@@ -126,11 +126,11 @@ class AsyncExplainClient:
         async def requests() -> AsyncIterator[dict[str, object]]:
             yield call.options(seconds)
 
-        responses = self._triton.stream_infer(requests(), stream_timeout=seconds, headers={"triton_grpc_error": "true"})
+        responses = self._triton.stream_infer(requests(), stream_timeout=seconds)
         try:
             async for result, error in responses:
                 if error is not None:
-                    raise from_triton(error)
+                    raise from_stream(error)
                 yield result
         except grpc.RpcError as error:  # which tritonclient passes on as it is
             raise from_triton(InferenceServerException(error.details(), str(error.code()))) from error

@@ -11,7 +11,7 @@ from types import TracebackType
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from explain_client.errors import ExplainError, TimedOutError, from_triton
+from explain_client.errors import ExplainError, TimedOutError, from_stream, from_triton
 from explain_client.images import ImageSource
 from explain_client.protocol import (
     Call,
@@ -134,13 +134,9 @@ class ExplainClient:
         said: queue.Queue[tuple[triton.InferResult, InferenceServerException | None]] = queue.Queue()
         until = time.monotonic() + seconds
         connection = triton.InferenceServerClient(self._url)
-        # With this header an error comes with its status, not as a message alone.
-        headers = {"triton_grpc_error": "true"}
         final = False
         try:
-            connection.start_stream(
-                lambda result, error: said.put((result, error)), stream_timeout=seconds, headers=headers
-            )
+            connection.start_stream(lambda result, error: said.put((result, error)), stream_timeout=seconds)
             with contextlib.suppress(InferenceServerException):  # it has failed already: why comes as a response
                 connection.async_stream_infer(**call.options(seconds))
             while not final:
@@ -149,7 +145,7 @@ class ExplainClient:
                 except queue.Empty:
                     raise TimedOutError(f"no answer within {seconds:.1f} s") from None
                 if error is not None:
-                    raise from_triton(error)
+                    raise from_stream(error)
                 final = is_final(result)
                 yield result
         finally:

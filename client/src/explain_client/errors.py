@@ -42,3 +42,21 @@ def from_triton(error: InferenceServerException) -> ExplainError:
     """The exception for one of tritonclient's."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     return _BY_STATUS.get(status, ExplainError)(error.message() or str(error), status)
+
+
+# How messages begin with which a stream ends. They come without a status: with the header that asks for one, Triton
+# 2.51 now and then crashes.
+_STREAM_BEGINNINGS = {
+    "INVALID_ARGUMENT": ("parameter ", "unknown parameter ", "IMAGE ", "TARGET "),
+    "UNAVAILABLE": ("the request's timeout ", "the most streams "),
+}
+
+
+def from_stream(error: InferenceServerException) -> ExplainError:
+    """The exception for the error that ended a stream."""
+    message = error.message() or str(error)
+    if error.status() is None:
+        for status, beginnings in _STREAM_BEGINNINGS.items():
+            if message.startswith(beginnings):
+                return _BY_STATUS[status](message, status)
+    return from_triton(error)

@@ -109,7 +109,7 @@ class TritonPythonModel:
                 is_taken = self.under_way < self.max_streams
                 self.under_way += is_taken
             if not is_taken:
-                message = f"{self.max_streams} streams are under way, which is the most this server takes"
+                message = f"the most streams that this server takes, {self.max_streams}, are under way"
                 _refuse(sender, pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
                 continue
             try:
