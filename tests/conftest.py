@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 from tools.export import build_served, ensure_exported, load_source
+from tools.refusals import encode as encode
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
 
@@ -20,12 +19,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION_TRANSFORM = transforms.Compose(
     [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 )
-
-
-def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
 
 
 def scene_image(index: int, size: int = 256) -> Image.Image:

@@ -137,6 +137,11 @@ def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hider):
     decode(jpeg_of_scans(MOST_JPEG_SCANS - 20))
 
 
+def test_a_marker_that_no_jpeg_has_is_refused_by_itself():
+    with pytest.raises(ImageError, match="with a marker that none has, 0x02"):
+        check_structure(with_segments(encode(SCENE, "JPEG"), 1, b"\x02\x00\x02"))
+
+
 def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
     jpeg, webp = encode(SCENE, "JPEG"), encode(SCENE, "WEBP")
     exif, other = b"\xe1\x00\x08Exif\0\0", b"\xe5\x00\x02"

@@ -15,6 +15,7 @@ from test_serving import executed_batches, infer, wait_for_batches
 from test_streaming import Stream, rows_passed
 from tritonclient.utils import InferenceServerException
 
+from explain_client.errors import from_stream
 from tools.refusals import DOCUMENT, INVALID_ARGUMENT, cases, table
 
 CASES = cases()
@@ -88,7 +89,8 @@ def ask_stream(server) -> Callable:
     def ask(image: bytes, target: int, parameters: dict) -> np.ndarray | str:
         heard = Stream(server, [image], [target], **parameters).hear()
         if heard.error is not None:
-            return f"{heard.error.status()} {heard.error.message()}"
+            error = from_stream(heard.error)
+            return f"{error.status} {error}"
         return heard.responses[-1]["ATTRIBUTIONS"]
 
     return ask
@@ -100,8 +102,9 @@ def block_gradients(triton, images) -> None:
         infer(triton, images[:1], n_steps=1000, nt_samples=5, outputs=("N_STEPS",), timeout_seconds=4)
 
 
-# A stream's errors are messages without a status: with the header that asks for one, Triton 2.51 crashes now and then.
-INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": ""}
+# A stream's errors are messages without a status (with the header that asks for one, Triton 2.51 crashes now and then);
+# this is what the client makes of them.
+INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": "INVALID_ARGUMENT"}
 ROADS = {"gRPC": ask_grpc, "HTTP": ask_http, "stream": ask_stream}
 
 

@@ -80,7 +80,7 @@ def _input(name: str, dtype: str, values: np.ndarray | _Raw) -> tritonclient.grp
     return tensor
 
 
-def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
+def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, image_format, **options)
     return file.getvalue()
