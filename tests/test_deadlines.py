@@ -78,10 +78,10 @@ def test_n_steps_and_tolerance_end_it_earlier(engine, fake_time):
 def test_a_job_in_a_hurry_goes_before_neighbours_that_take_long(engine, fake_time):
     patient, hurried = job(fake_time, None, n_steps=40), job(fake_time, 300, 1)
     order = []
-    for index, explanation in engine.explain_as_done([patient, hurried]):
-        order.append((index, fake_time.now))
+    for done, explanation in engine.explain_as_done([patient, hurried]):
+        order.append((done, fake_time.now))
         assert explanation is not None
-    assert [index for index, _ in order] == [1, 0]
+    assert [done for done, _ in order] == [hurried, patient]
     assert order[0][1] <= hurried.deadline + 8 * fake_time.seconds_per_row
 
 

@@ -8,6 +8,7 @@ sum of a path's gradients only. README.md beside this folder derives it.
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 import time
@@ -33,6 +34,9 @@ LEAST_CHANGE = 0.1
 TIME_SHARE = 0.85
 # Rows of a path that finds its steps on the way, before they are known: about those for a tolerance of 0.05.
 USUAL_ROWS = 8
+# A job is due when so many times its own rows have been passed since it came. So a short one overtakes long ones, and a
+# long one is overtaken by those alone that come before it is due.
+PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Job:
 
     With ``parts`` the attribution is a summand: that of the nodes number ``part``, ``part + parts``, ``part + 2 parts``
     and so on of one of Captum's methods.
+
+    With ``start_by``, by ``time.monotonic``, it is given up if no row of it has been passed by then.
 
     With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
     image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
@@ -72,6 +78,7 @@ class Job:
     image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
     baseline_key: Hashable = None  # equal keys promise equal baselines, whose evaluation is then kept
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    start_by: float = math.inf
 
     @property
     def refines(self) -> bool:
@@ -108,11 +115,65 @@ class _Start:
 Rule = FixedRule | LadderRule | RefinedRule
 
 
+class _Task:
+    """A job that has come: the noise samples that are still to be drawn, and what those that are done say.
+
+    Args:
+        job: what to explain.
+        rows_before: how many rows the engine had passed when it came.
+    """
+
+    def __init__(self, job: Job, rows_before: int) -> None:
+        self.job = job
+        self.samples_left = job.nt_samples
+        self.paths = 0  # under way
+        self.found: list[Explanation] = []
+        # The first deadline first; of the rest the first due.
+        deadline = math.inf if job.deadline is None else job.deadline
+        self.due = (deadline, rows_before + PATIENCE * expected_rows(job))
+        self._generator: torch.Generator | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return not self.samples_left and not self.paths
+
+    @property
+    def is_started(self) -> bool:
+        return self.samples_left < self.job.nt_samples
+
+    @property
+    def is_late(self) -> bool:
+        return self.job.deadline is not None and time.monotonic() >= self.job.deadline
+
+    @property
+    def rows_left(self) -> int:
+        """Rows of what is not drawn yet, as far as that is known."""
+        return expected_rows(self.job) * self.samples_left // self.job.nt_samples
+
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for it any more, or it has waited too long itself."""
+        return self.job.is_cancelled() or (not self.is_started and time.monotonic() >= self.job.start_by)
+
+    def draw(self) -> Tensor:
+        """The next image to explain: its own, or with noise of its own."""
+        job = self.job
+        self.samples_left -= 1
+        self.paths += 1
+        if not job.stdevs:
+            return job.image
+        self._generator = self._generator or torch.Generator().manual_seed(job.seed)
+        return job.image + job.stdevs * torch.randn(job.image.shape, generator=self._generator).to(job.image)
+
+    def result(self) -> Explanation | None:
+        """The explanation, once it is over: of those noise samples that there was time for."""
+        return _mean(self.found) if self.found else None
+
+
 class _Path:
     """One path under way: its end points in feature space, and the rule that walks it."""
 
-    def __init__(self, job: Job, image: Tensor, rule: Rule) -> None:
-        self.job, self.image, self.rule = job, image, rule
+    def __init__(self, task: _Task, image: Tensor, rule: Rule) -> None:
+        self.task, self.job, self.image, self.rule = task, task.job, image, rule
         self.next_step = 0
         self.start: _Start | None = None
         self.displacement: Tensor | None = None
@@ -174,7 +235,8 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._kept_starts: dict[Hashable, _Start] = {}
         self._lock = threading.Lock()  # the passes share buffers
         self.density = density
-        self.rows_passed = 0
+        # For whoever watches: rows that have been passed in all, and those that the jobs under way still take.
+        self.rows_passed = self.rows_left = 0
         # By whether any row is paired, which takes longer.
         self._clocks = {False: PassClock(), True: PassClock()}
         self._judging_seconds = 0.0
@@ -262,31 +324,49 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         Returns:
             One explanation a job, in order; None for a job that was cancelled on the way.
         """
-        found = dict(self.explain_as_done(jobs, max_rows, with_delta))
-        return [found[index] for index in range(len(jobs))]
+        jobs = [replace(job) for job in jobs]  # one that was given twice is two
+        found = {id(job): explanation for job, explanation in self.explain_as_done(jobs, max_rows, with_delta)}
+        return [found[id(job)] for job in jobs]
 
     @torch.no_grad()
     def explain_as_done(
-        self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
-    ) -> Iterator[tuple[int, Explanation | None]]:
-        """The same, job by job: its index and its explanation as soon as its last row is done."""
+        self,
+        jobs: Iterable[Job],
+        max_rows: int | None = None,
+        with_delta: bool = True,
+        arrivals: Callable[[], Iterable[Job]] = tuple,
+    ) -> Iterator[tuple[Job, Explanation | None]]:
+        """The same, job by job: each with its explanation as soon as its last row is done.
+
+        Args:
+            jobs: see ``explain``; no job twice.
+            max_rows: see ``explain``.
+            with_delta: see ``explain``.
+            arrivals: asked before each pass for further jobs, which join those under way.
+        """
         limit = min(max_rows or self.max_rows, self.max_rows)
-        needs_pairs = self.network.has_mean_slopes and any(job.refines or job.method == "calibrated" for job in jobs)
-        if limit < 2 and needs_pairs:
-            raise ValueError("mean gradients between two points take at least two rows a pass")
-        jobs = [replace(job) for job in jobs]  # one that was given twice is two
-        numbers = {id(job): index for index, job in enumerate(jobs)}
-        parts: dict[int, list[Explanation]] = {index: [] for index in range(len(jobs))}
         with self._lock:
-            for path in self._integrate(jobs, limit):
-                index = numbers[id(path.job)]
-                parts[index].append(self._conclude(path, with_delta))
-                if len(parts[index]) == path.job.nt_samples:
-                    yield index, _mean(parts.pop(index))
-            for index, found in parts.items():
-                job = jobs[index]
-                # Noise samples that a deadline left no time for are missing from the mean; else it was cancelled.
-                yield index, _mean(found) if found and job.deadline is not None and not job.is_cancelled() else None
+            schedule = _Schedule(limit)
+            self._admit(jobs, schedule)
+            while True:
+                self._admit(arrivals(), schedule)
+                self.rows_left = schedule.rows_left
+                for task in schedule.drop_given_up():
+                    yield task.job, None
+                self._draw(schedule)
+                for task in self._settle_late(schedule, with_delta):
+                    yield task.job, task.result()
+                if schedule.under_way:
+                    for task in self._pass(schedule, with_delta):
+                        yield task.job, task.result()
+                elif not any(task.samples_left for task in schedule.waiting):
+                    return
+
+    def _admit(self, jobs: Iterable[Job], schedule: _Schedule) -> None:
+        for job in jobs:
+            if schedule.limit < 2 and self.network.has_mean_slopes and (job.refines or job.method == "calibrated"):
+                raise ValueError("mean gradients between two points take at least two rows a pass")
+            schedule.add(_Task(job, self.rows_passed))
 
     def _rule(self, job: Job, sharing: int) -> Rule:
         """The rule for one of a job's paths, which shares the passes with so many that are in a hurry, too."""
@@ -322,61 +402,48 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         # Each pass ends with a row for the next, and one way, between two numbers of steps, is none.
         return rows - overlap * (math.ceil(rows / self.max_rows) + 1)
 
-    def _integrate(self, jobs: Sequence[Job], limit: int) -> Iterator[_Path]:
-        """Take the gradients of all rows; yields each path when its last row is done."""
-        # The first deadline first; then the shortest, for whose sake the longest waits hardly longer.
-        samples = _Samples(sorted(jobs, key=lambda job: (_deadline(job), _expected_rows(job))))
-        under_way: list[_Path] = []
-        answered: set[int] = set()  # jobs
-        going_on: dict[int, _Path] = {}  # of jobs that are late without an answer, the path that still makes one
-        while True:
-            # Noisy images are drawn as their rows come up: never more paths than a chunk has rows.
-            while sum(path.rows_left for path in under_way) < limit and (sample := samples.take()):
-                sharing = 1 + samples.in_a_hurry + sum(path.job.deadline is not None for path in under_way)
-                under_way.append(_Path(*sample, self._rule(sample[0], sharing)))
-            under_way = [path for path in under_way if not path.job.is_cancelled()]
-            late = [path for path in under_way if _is_late(path.job)]
-            for path in late:
-                samples.forget(path.job)
-                if path.rule.settle(path.next_step):
-                    under_way.remove(path)
-                    answered.add(id(path.job))
-                    yield path
-            # Of noise samples that have no answer yet, one goes on, if none has an answer.
-            for path in late:
-                if path not in under_way:
-                    continue
-                if id(path.job) in answered or going_on.setdefault(id(path.job), path) is not path:
-                    under_way.remove(path)
-            if not under_way:
-                if samples:
-                    continue
-                return
-            room = limit
-            if self._equal_chunks:
-                # 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
-                rows_left = samples.rows + sum(path.rows_left for path in under_way)
-                room = math.ceil(rows_left / math.ceil(rows_left / limit))
-            chunk: list[tuple[_Path, slice]] = []
-            count = 0
-            for path in under_way:
-                rows = min(room - count, path.rows_left)
-                if rows <= path.rule.overlap or path.image.shape != under_way[0].image.shape:
-                    break
-                chunk.append((path, slice(count, count + rows)))
-                count += rows
-            self._run_chunk(chunk)
-            for path, _ in chunk:
-                if path.rows_left:
-                    continue
-                sharing = samples.in_a_hurry + sum(each.job.deadline is not None for each in under_way)
-                affordable = self._affordable_steps(path.job, path.rule.overlap, max(1, sharing))
-                if path.rule.refine(partial(self._judge, path), affordable):
-                    path.next_step = 0
-                else:
-                    under_way.remove(path)
-                    answered.add(id(path.job))
-                    yield path
+    def _draw(self, schedule: _Schedule) -> list[_Task]:
+        """Begin the paths whose rows come up."""
+        while (task := schedule.next_to_draw()) is not None:
+            sharing = schedule.in_a_hurry + (task.job.deadline is None)
+            schedule.begin(_Path(task, task.draw(), self._rule(task.job, sharing)))
+
+    def _settle_late(self, schedule: _Schedule, with_delta: bool) -> list[_Task]:
+        """End what has a deadline that is over, with the best that there is; returns tasks that are over.
+
+        Of noise samples that have no answer yet, one goes on, if none has an answer.
+        """
+        late = [path for path in schedule.under_way if path.task.is_late]
+        for path in late:
+            path.task.samples_left = 0
+            if path.rule.settle(path.next_step):
+                self._finish(path, schedule, with_delta)
+        going_on: set[_Task] = set()
+        for path in late:
+            if path not in schedule.under_way:
+                continue
+            if path.task.found or path.task in going_on:
+                schedule.end(path)
+            going_on.add(path.task)
+        return schedule.take_over()
+
+    def _pass(self, schedule: _Schedule, with_delta: bool) -> list[_Task]:
+        """Take the gradients of the rows that come next; returns tasks that are over."""
+        chunk = schedule.next_chunk(self._equal_chunks)
+        self._run_chunk(chunk)
+        for path, _ in chunk:
+            if path.rows_left:
+                continue
+            affordable = self._affordable_steps(path.job, path.rule.overlap, max(1, schedule.in_a_hurry))
+            if path.rule.refine(partial(self._judge, path), affordable):
+                path.next_step = 0
+            else:
+                self._finish(path, schedule, with_delta)
+        return schedule.take_over()
+
+    def _finish(self, path: _Path, schedule: _Schedule, with_delta: bool) -> None:
+        path.task.found.append(self._conclude(path, with_delta))
+        schedule.end(path)
 
     def _run_chunk(self, chunk: list[tuple[_Path, slice]]) -> None:
         """Take the gradients of some paths' next rows; the slices are their places among the rows of the pass."""
@@ -458,41 +525,83 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         return path.change
 
 
-class _Samples:
-    """The images that jobs explain, in order: their own, or each with noise of its own, drawn when it is taken."""
+class _Schedule:
+    """The tasks and paths of a call, the first due first."""
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
-        self._left = [(job, job.nt_samples) for job in reversed(list(jobs))]
-        self._generators: dict[int, torch.Generator] = {}
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # rows a chunk
+        self.waiting: list[_Task] = []  # those that have images to draw
+        self.under_way: list[_Path] = []
+        self._over: list[_Task] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._left)
-
-    @property
-    def rows(self) -> int:
-        """Rows that they are going to take, as far as that is known."""
-        return sum(_expected_rows(job) * count // job.nt_samples for job, count in self._left)
+    def add(self, task: _Task) -> None:
+        bisect.insort(self.waiting, task, key=lambda each: each.due)
 
     @property
     def in_a_hurry(self) -> int:
-        """How many have a deadline."""
-        return sum(count for job, count in self._left if job.deadline is not None)
+        """How many paths have a deadline."""
+        drawn = sum(path.job.deadline is not None for path in self.under_way)
+        return drawn + sum(task.samples_left for task in self.waiting if task.job.deadline is not None)
 
-    def take(self) -> tuple[Job, Tensor] | None:
-        """The next one and its job, or None."""
-        if not self._left:
+    @property
+    def rows_left(self) -> int:
+        """Rows of all tasks, as far as that is known."""
+        return sum(each.rows_left for each in (*self.waiting, *self.under_way))
+
+    def drop_given_up(self) -> list[_Task]:
+        """Leave out the tasks that nobody waits for, and return them."""
+        tasks = {id(task): task for task in (*self.waiting, *(path.task for path in self.under_way))}
+        given_up = {key: task for key, task in tasks.items() if task.is_given_up()}
+        if given_up:
+            self.waiting = [task for task in self.waiting if id(task) not in given_up]
+            self.under_way = [path for path in self.under_way if id(path.task) not in given_up]
+        return list(given_up.values())
+
+    def next_to_draw(self) -> _Task | None:
+        """The task whose next image's rows come up in the next chunk.
+
+        Noisy images are drawn so late, and paths that others overtake are so few, for their memory's sake: there are
+        never more paths than two chunks have rows.
+        """
+        self.waiting = [task for task in self.waiting if task.samples_left]
+        if not self.waiting or len(self.under_way) >= 2 * self.limit:
             return None
-        job, count = self._left.pop()
-        if count > 1:
-            self._left.append((job, count - 1))
-        if not job.stdevs:
-            return job, job.image
-        generator = self._generators.setdefault(id(job), torch.Generator().manual_seed(job.seed))
-        return job, job.image + job.stdevs * torch.randn(job.image.shape, generator=generator).to(job.image)
+        task = self.waiting[0]
+        rows_before = sum(path.rows_left for path in self.under_way if path.task.due <= task.due)
+        return task if rows_before < self.limit else None
 
-    def forget(self, job: Job) -> None:
-        """Leave out what a job still has."""
-        self._left = [(each, count) for each, count in self._left if each is not job]
+    def begin(self, path: _Path) -> None:
+        bisect.insort(self.under_way, path, key=lambda each: each.task.due)
+
+    def end(self, path: _Path) -> None:
+        self.under_way.remove(path)
+        path.task.paths -= 1
+        if path.task.is_over:
+            self._over.append(path.task)
+
+    def take_over(self) -> list[_Task]:
+        """The tasks that have come to their end since this was called last."""
+        over, self._over = self._over, []
+        return over
+
+    def next_chunk(self, equal: bool) -> list[tuple[_Path, slice]]:
+        """Paths and their places among the rows of the next pass.
+
+        Args:
+            equal: 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
+        """
+        room = self.limit
+        if equal:
+            room = math.ceil(self.rows_left / math.ceil(self.rows_left / self.limit))
+        chunk: list[tuple[_Path, slice]] = []
+        count = 0
+        for path in self.under_way:
+            rows = min(room - count, path.rows_left)
+            if rows <= path.rule.overlap or path.image.shape != self.under_way[0].image.shape:
+                break
+            chunk.append((path, slice(count, count + rows)))
+            count += rows
+        return chunk
 
 
 def _mean(parts: list[Explanation]) -> Explanation:
@@ -508,16 +617,9 @@ def _mean(parts: list[Explanation]) -> Explanation:
     return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate, parts[0].weight_sum)
 
 
-def _deadline(job: Job) -> float:
-    return math.inf if job.deadline is None else job.deadline
-
-
-def _expected_rows(job: Job) -> int:
+def expected_rows(job: Job) -> int:
+    """Rows that a job is going to take, as far as that is known."""
     return job.nt_samples * (USUAL_ROWS if job.refines else math.ceil(job.n_steps / job.parts))
-
-
-def _is_late(job: Job) -> bool:
-    return job.deadline is not None and time.monotonic() >= job.deadline
 
 
 def _start_key(job: Job) -> Hashable:
