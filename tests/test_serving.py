@@ -146,7 +146,7 @@ def test_deadline_is_kept_and_more_time_means_more_steps(triton):
     assert estimates[2] < estimates[0]
 
 
-def test_a_short_request_is_answered_before_the_long_one_in_its_batch(triton, images):
+def test_short_requests_overtake_long_ones_in_their_batch_and_before_it(triton, images):
     before = executed_batches(triton, "integrated_gradients").get(2, 0)
     done = []
 
@@ -154,18 +154,18 @@ def test_a_short_request_is_answered_before_the_long_one_in_its_batch(triton, im
         infer(triton, images[:1], outputs=("N_STEPS",), n_steps=n_steps)
         done.append(n_steps)
 
-    with ThreadPoolExecutor(3) as pool:
-        blocker = pool.submit(ask, 60)  # while this one computes, the two gather in the model's queue
-        time.sleep(0.5)
-        long = pool.submit(ask, 150)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(ask, 250)]
+        time.sleep(0.5)  # while the model holds its first batch, the next two gather in its queue
+        calls.append(pool.submit(ask, 150))
         time.sleep(0.2)
-        short = pool.submit(ask, 5)
-        short.result()
-        assert not long.done()
-        long.result()
-        blocker.result()
+        calls.append(pool.submit(ask, 5))
+        calls[-1].result()
+        calls.append(pool.submit(ask, 6))  # joins those that are under way
+        for call in calls:
+            call.result()
     wait_for_batches(triton, "integrated_gradients", 2, before + 1)
-    assert done == [60, 5, 150]
+    assert done == [5, 6, 150, 250]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def from_triton(error: InferenceServerException) -> ExplainError:
 # 2.51 now and then crashes.
 _STREAM_BEGINNINGS = {
     "INVALID_ARGUMENT": ("parameter ", "unknown parameter ", "IMAGE ", "TARGET "),
-    "UNAVAILABLE": ("the request's timeout ", "the most streams "),
+    "UNAVAILABLE": ("the request's timeout ", "the most streams ", "integrated_gradients is overloaded"),
 }
 
 

@@ -24,9 +24,9 @@ ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ES
 
 # The contract has some twenty parameters; each part of a stream is asked for with all of them.
 MOST_PARAMETERS = 64
-# How the messages begin with which the other models refuse a request, and those of a timeout.
+# How the messages begin with which the other models refuse a request, and with which they say that they cannot now.
 REFUSALS = ("parameter ", "unknown parameter ", "IMAGE ", "TARGET ", "PIXELS ", "LOGITS ", "RELEVANCE ")
-TIMEOUTS = ("the request's timeout ", "Request timeout expired")
+UNAVAILABLE = ("the request's timeout ", "Request timeout expired", "integrated_gradients is overloaded")
 
 
 class StreamError(Exception):
@@ -225,7 +225,7 @@ def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
         return error
     for beginnings, code in (
         (REFUSALS, pb_utils.TritonError.INVALID_ARG),
-        (TIMEOUTS, pb_utils.TritonError.UNAVAILABLE),
+        (UNAVAILABLE, pb_utils.TritonError.UNAVAILABLE),
     ):
         if error.message().startswith(beginnings):
             return pb_utils.TritonError(error.message(), code)

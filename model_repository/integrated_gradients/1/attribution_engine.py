@@ -348,19 +348,27 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         with self._lock:
             schedule = _Schedule(limit)
             self._admit(jobs, schedule)
-            while True:
-                self._admit(arrivals(), schedule)
-                self.rows_left = schedule.rows_left
-                for task in schedule.drop_given_up():
-                    yield task.job, None
-                self._draw(schedule)
-                for task in self._settle_late(schedule, with_delta):
+            try:
+                yield from self._explain_all(schedule, arrivals, with_delta)
+            finally:
+                self.rows_left = 0
+
+    def _explain_all(
+        self, schedule: _Schedule, arrivals: Callable[[], Iterable[Job]], with_delta: bool
+    ) -> Iterator[tuple[Job, Explanation | None]]:
+        while True:
+            self._admit(arrivals(), schedule)
+            self.rows_left = schedule.rows_left
+            for task in schedule.drop_given_up():
+                yield task.job, None
+            self._draw(schedule)
+            for task in self._settle_late(schedule, with_delta):
+                yield task.job, task.result()
+            if schedule.under_way:
+                for task in self._pass(schedule, with_delta):
                     yield task.job, task.result()
-                if schedule.under_way:
-                    for task in self._pass(schedule, with_delta):
-                        yield task.job, task.result()
-                elif not any(task.samples_left for task in schedule.waiting):
-                    return
+            elif not any(task.samples_left for task in schedule.waiting):
+                return
 
     def _admit(self, jobs: Iterable[Job], schedule: _Schedule) -> None:
         for job in jobs:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,16 @@ import triton_python_backend_utils as pb_utils
 from attribution_engine import Explanation, Job
 from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
 from engine_loading import build_engine
+from gradient_worker import GradientWorker, OverloadedError
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 
 # Normalised pixels lie within 3 or so. Numbers so large that they overflow on the way would reach the rows beside them.
 LARGEST_PIXEL = 1e4
+# How often Triton is asked whether a request has been cancelled.
+CANCELLATION_SECONDS = 0.05
+# How its answers begin when it takes no more.
+OVERLOADED = "integrated_gradients is overloaded"
 
 
 class TensorError(ValueError):
@@ -44,25 +50,37 @@ class _Answer:
     """What is known of the answer to a request, and the way back to it."""
 
     def __init__(self, request, arrived: float) -> None:
-        self._request, self._sender = request, request.get_response_sender()
+        self._sender = request.get_response_sender()
+        self.arrived = arrived
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
-        self._given_up = arrived + self.timeout_seconds
-        self.is_sent = False
+        self.is_sent = threading.Event()
         self.wanted = set(request.requested_output_names())
         self.work: Work | None = None
-        self.explanations: dict[int, Explanation | None] = {}
+        self.explanations: dict[int, Explanation | None] = {}  # by an image's place in the request
+        self._is_cancelled, self._asked = False, 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a word on all images."""
+        return len(self.explanations) == len(self.work.targets)
 
     def is_late(self) -> bool:
         """Whether the request's timeout is over."""
-        return time.monotonic() >= self._given_up
+        return time.monotonic() >= self.arrived + self.timeout_seconds
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled it; Triton is not asked before each of a GPU's passes."""
+        if not self._is_cancelled and time.monotonic() >= self._asked + CANCELLATION_SECONDS:
+            self._is_cancelled, self._asked = self._sender.is_cancelled(), time.monotonic()
+        return self._is_cancelled
 
     def is_unwanted(self) -> bool:
         """Whether nobody waits for it any more."""
-        return self.is_late() or self._request.is_cancelled()
+        return self.is_late() or self.is_cancelled()
 
     def send(self, response: pb_utils.InferenceResponse) -> None:
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self.is_sent = True
+        self.is_sent.set()
 
     def refuse(self, message: str, code: int) -> None:
         """Answer with an error: ``code`` is one of ``pb_utils.TritonError``'s."""
@@ -101,61 +119,74 @@ class TritonPythonModel:
         if not example.isfinite().all():
             raise pb_utils.TritonModelException(f"{file} answers an image with logits that are not finite")
         self.classes = example.shape[1]
+        self.hold_seconds = float(settings["hold_seconds"])
+        self.max_wait_seconds = float(settings["max_wait_seconds"])
+        self.rows_counted = 0
         self.rows_family, self.rows_metric = _rows_counter(args["model_instance_name"])
+        # Last, so that nothing fails after it; it inherits this thread's niceness.
+        self.worker = GradientWorker(
+            self.engine, self.device, self.max_wait_seconds, int(settings["max_waiting_images"])
+        )
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
         )
 
     def execute(self, requests):
+        """Hand requests to the thread that computes; return when they are answered, or have been for a while.
+
+        While this waits, what comes next gathers in Triton. A long request must not keep short ones there until its
+        end, so others join it after ``hold_seconds``; Triton takes its answer after this has returned, too.
+        """
         arrived = time.monotonic()
         answers = [_Answer(request, arrived) for request in requests]
-        # Triton must not see an exception: it would answer those again that have been answered, and free them twice.
-        try:
-            self._explain(requests, answers, arrived)
-        except Exception as failure:
-            self._fail([answer for answer in answers if not answer.is_sent], failure)
-        return [None] * len(requests)
-
-    def _explain(self, requests: list, answers: list[_Answer], arrived: float) -> None:
-        """Answer each request as soon as its own rows are done, not when the batch is."""
-        jobs, answer_of_job = [], []
         for request, answer in zip(requests, answers):
+            # Triton must not see an exception: it would answer again what has been answered, and free it twice.
             try:
-                answer.work = self._read(request)
-                own = self._jobs(answer.work, arrived, answer.is_unwanted)
+                self._take(request, answer)
             except (ParameterError, TensorError) as refusal:
                 answer.refuse(str(refusal), pb_utils.TritonError.INVALID_ARG)
+            except OverloadedError as refusal:
+                answer.refuse(f"{OVERLOADED}: {refusal}", pb_utils.TritonError.UNAVAILABLE)
             except Exception as failure:
-                self._fail([answer], failure)
-            else:
-                jobs += own
-                answer_of_job += [answer] * len(own)
-        for index, explanation in self.engine.explain_as_done(jobs):
-            self._count_rows()
-            answer = answer_of_job[index]
-            answer.explanations[index - answer_of_job.index(answer)] = explanation
-            if len(answer.explanations) == len(answer.work.targets):
-                try:
-                    self._respond(answer)
-                except Exception as failure:
-                    self._fail([answer], failure)
-        self._count_rows()
+                self._fail(answer, failure)
+        for answer in answers:
+            answer.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
+        return [None] * len(requests)
 
-    def _fail(self, answers: list[_Answer], failure: Exception) -> None:
+    def _take(self, request, answer: _Answer) -> None:
+        answer.work = self._read(request)
+        self.worker.submit(self._jobs(answer.work, answer), partial(self._done, answer))
+
+    def _done(self, answer: _Answer, number: int, found: Explanation | Exception | None) -> None:
+        """In the worker's thread: an image of a request is done; with the last one it is answered."""
+        self._count_rows()
+        if answer.is_sent.is_set():
+            return  # another of its images failed
+        try:
+            if isinstance(found, Exception):
+                raise found
+            answer.explanations[number] = found
+            if answer.is_complete:
+                self._respond(answer)
+        except Exception as failure:
+            self._fail(answer, failure)
+
+    def _fail(self, answer: _Answer, failure: Exception) -> None:
         """Answer for an error of this model's own."""
         pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
-        for answer in answers:
-            with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
-                answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
+        with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
+            answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
 
     def finalize(self):
+        self.worker.close()
         del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
 
     def _count_rows(self) -> None:
+        passed = self.engine.rows_passed
         if self.rows_metric is not None:
-            self.rows_metric.increment(self.engine.rows_passed)
-        self.engine.rows_passed = 0
+            self.rows_metric.increment(passed - self.rows_counted)
+        self.rows_counted = passed
 
     def _read(self, request) -> Work:
         """The request as work to do.
@@ -167,7 +198,8 @@ class TritonPythonModel:
         if parameters.method == "calibrated" and self.uncalibrated:
             raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
         pixels, logits = (
-            torch.from_numpy(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
+            # A copy: what Triton shares with this process is its own again when `execute` returns.
+            torch.tensor(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("PIXELS", "LOGITS")
         )
         if pixels.dim() != 4 or logits.dim() != 2:  # what Triton 2.51 makes of a batch of none
@@ -197,9 +229,9 @@ class TritonPythonModel:
                 raise ParameterError(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
         return Work(pixels.to(self.device), logits.to(self.device), targets, parameters)
 
-    def _jobs(self, work: Work, arrived: float, is_unwanted: Callable[[], bool]) -> list[Job]:
+    def _jobs(self, work: Work, answer: _Answer) -> list[Job]:
         asked = work.parameters
-        deadline = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
+        deadline = None if asked.deadline_ms is None else answer.arrived + asked.deadline_ms / 1000
         return [
             Job(
                 image=image,
@@ -218,7 +250,7 @@ class TritonPythonModel:
                 seed=asked.seed,
                 image_logits=logits,
                 baseline_key=asked.baseline if asked.baseline in Baselines.CONSTANT else None,
-                is_cancelled=is_unwanted,
+                is_cancelled=answer.is_unwanted,
             )
             for image, logits, target in zip(work.pixels, work.logits, work.targets)
         ]
@@ -231,8 +263,11 @@ class TritonPythonModel:
             if answer.is_late():
                 message = f"the request's timeout of {answer.timeout_seconds:g} s is over"
                 answer.refuse(message, pb_utils.TritonError.UNAVAILABLE)
-            else:
+            elif answer.is_cancelled():
                 answer.refuse("the request was cancelled", pb_utils.TritonError.CANCELLED)
+            else:
+                message = f"{OVERLOADED}: the request has waited {self.max_wait_seconds:g} s for its first gradient"
+                answer.refuse(message, pb_utils.TritonError.UNAVAILABLE)
             return
         attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
         if not np.isfinite(attributions).all():
