@@ -130,7 +130,7 @@ class _Task:
         self.found: list[Explanation] = []
         # The first deadline first; of the rest the first due.
         deadline = math.inf if job.deadline is None else job.deadline
-        self.due = (deadline, rows_before + PATIENCE * expected_rows(job))
+        self.due = (deadline, rows_before + PATIENCE * _expected_rows(job))
         self._generator: torch.Generator | None = None
 
     @property
@@ -148,7 +148,7 @@ class _Task:
     @property
     def rows_left(self) -> int:
         """Rows of what is not drawn yet, as far as that is known."""
-        return expected_rows(self.job) * self.samples_left // self.job.nt_samples
+        return _expected_rows(self.job) * self.samples_left // self.job.nt_samples
 
     def is_given_up(self) -> bool:
         """Whether nobody waits for it any more, or it has waited too long itself."""
@@ -235,8 +235,8 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._kept_starts: dict[Hashable, _Start] = {}
         self._lock = threading.Lock()  # the passes share buffers
         self.density = density
-        # For whoever watches: rows that have been passed in all, and those that the jobs under way still take.
-        self.rows_passed = self.rows_left = 0
+        self.rows_passed = 0  # in all
+        self._schedule: _Schedule | None = None  # of the call under way
         # By whether any row is paired, which takes longer.
         self._clocks = {False: PassClock(), True: PassClock()}
         self._judging_seconds = 0.0
@@ -346,19 +346,30 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         """
         limit = min(max_rows or self.max_rows, self.max_rows)
         with self._lock:
-            schedule = _Schedule(limit)
-            self._admit(jobs, schedule)
+            self._schedule = schedule = _Schedule(limit)
             try:
+                self._admit(jobs, schedule)
                 yield from self._explain_all(schedule, arrivals, with_delta)
             finally:
-                self.rows_left = 0
+                self._schedule = None
+
+    def rows_before(self, job: Job, others: Iterable[Job] = ()) -> int:
+        """Rows that would go before those of a job if it came now, as far as that is known; from any thread.
+
+        Args:
+            job: the one that comes.
+            others: jobs that have come and are not under way yet.
+        """
+        due = _Task(job, self.rows_passed).due
+        schedule = self._schedule
+        tasks = [_Task(other, self.rows_passed) for other in others]
+        return sum(task.rows_left for task in tasks if task.due <= due) + (schedule.rows_before(due) if schedule else 0)
 
     def _explain_all(
         self, schedule: _Schedule, arrivals: Callable[[], Iterable[Job]], with_delta: bool
     ) -> Iterator[tuple[Job, Explanation | None]]:
         while True:
             self._admit(arrivals(), schedule)
-            self.rows_left = schedule.rows_left
             for task in schedule.drop_given_up():
                 yield task.job, None
             self._draw(schedule)
@@ -551,10 +562,10 @@ class _Schedule:
         drawn = sum(path.job.deadline is not None for path in self.under_way)
         return drawn + sum(task.samples_left for task in self.waiting if task.job.deadline is not None)
 
-    @property
-    def rows_left(self) -> int:
-        """Rows of all tasks, as far as that is known."""
-        return sum(each.rows_left for each in (*self.waiting, *self.under_way))
+    def rows_before(self, due: tuple[float, float]) -> int:
+        """Rows of what is due by then."""
+        tasks = sum(task.rows_left for task in tuple(self.waiting) if task.due <= due)
+        return tasks + sum(path.rows_left for path in tuple(self.under_way) if path.task.due <= due)
 
     def drop_given_up(self) -> list[_Task]:
         """Leave out the tasks that nobody waits for, and return them."""
@@ -600,7 +611,8 @@ class _Schedule:
         """
         room = self.limit
         if equal:
-            room = math.ceil(self.rows_left / math.ceil(self.rows_left / self.limit))
+            rows_left = self.rows_before((math.inf, math.inf))
+            room = math.ceil(rows_left / math.ceil(rows_left / self.limit))
         chunk: list[tuple[_Path, slice]] = []
         count = 0
         for path in self.under_way:
@@ -625,7 +637,7 @@ def _mean(parts: list[Explanation]) -> Explanation:
     return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate, parts[0].weight_sum)
 
 
-def expected_rows(job: Job) -> int:
+def _expected_rows(job: Job) -> int:
     """Rows that a job is going to take, as far as that is known."""
     return job.nt_samples * (USUAL_ROWS if job.refines else math.ceil(job.n_steps / job.parts))
 

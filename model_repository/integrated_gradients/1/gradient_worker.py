@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from attribution_engine import Explanation, IntegratedGradients, Job, expected_rows
+from attribution_engine import Explanation, IntegratedGradients, Job
 
 # How far the known pace of passes still counts after the next one: it follows a change of load within some ten passes.
 PACE_MEMORY = 0.9
@@ -47,7 +47,7 @@ class GradientWorker:
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job], done: Done) -> None:
-        """Have jobs explained; ``done`` is called once for each, with its place in ``jobs``.
+        """Have jobs of one kind explained; ``done`` is called once for each, with its place in ``jobs``.
 
         Raises:
             OverloadedError: none of them was taken.
@@ -57,11 +57,11 @@ class GradientWorker:
                 raise OverloadedError(
                     f"{len(self._there)} images wait for their gradients, and at most {self._max_waiting} may"
                 )
-            wait = self._pace.seconds(self._engine.rows_left + sum(map(expected_rows, self._arrived)))
+            wait = self._pace.seconds(self._engine.rows_before(jobs[0], self._arrived))
             if wait > self._max_wait_seconds:
                 raise OverloadedError(
-                    f"the gradients that wait take about {wait:.0f} s, and at most {self._max_wait_seconds:g} s may be "
-                    "waited"
+                    f"the gradients that go before take about {wait:.1f} s, and at most {self._max_wait_seconds:g} s "
+                    "may be waited"
                 )
             start_by = time.monotonic() + self._max_wait_seconds
             taken = [replace(job, start_by=start_by) for job in jobs]
