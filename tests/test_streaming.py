@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import tritonclient.grpc
+from attribution_metrics import FLUSH_SECONDS
 from conftest import encode, relative_distance, scene_image
 from test_serving import infer
 
@@ -68,7 +69,8 @@ class Stream:
 
 
 def rows_passed(server) -> int:
-    """The rows that `integrated_gradients` has counted."""
+    """The rows that `integrated_gradients` has counted, once it has told the server of them."""
+    time.sleep(4 * FLUSH_SECONDS)
     text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
     return int(float(re.search(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[1]))
 

@@ -12,6 +12,7 @@ import bisect
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -94,7 +95,8 @@ class Explanation:
     attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations;
     ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance or deadline and a mean over noise
     samples; ``weight_sum`` is the sum of the quadrature's weights, of a part less than 1, and its delta is to as much
-    of the change.
+    of the change; ``seconds`` is from its first rows to its last, whatever else was passed between (of a GPU's work,
+    what the CPU sees of it).
     """
 
     attributions: Tensor
@@ -102,6 +104,7 @@ class Explanation:
     n_steps: int
     error_estimate: float = math.nan
     weight_sum: float = 1.0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -128,6 +131,7 @@ class _Task:
         self.samples_left = job.nt_samples
         self.paths = 0  # under way
         self.found: list[Explanation] = []
+        self._started = math.nan
         # The first deadline first; of the rest the first due.
         deadline = math.inf if job.deadline is None else job.deadline
         self.due = (deadline, rows_before + PATIENCE * _expected_rows(job))
@@ -157,6 +161,8 @@ class _Task:
     def draw(self) -> Tensor:
         """The next image to explain: its own, or with noise of its own."""
         job = self.job
+        if not self.is_started:
+            self._started = time.monotonic()
         self.samples_left -= 1
         self.paths += 1
         if not job.stdevs:
@@ -166,7 +172,7 @@ class _Task:
 
     def result(self) -> Explanation | None:
         """The explanation, once it is over: of those noise samples that there was time for."""
-        return _mean(self.found) if self.found else None
+        return replace(_mean(self.found), seconds=time.monotonic() - self._started) if self.found else None
 
 
 class _Path:
@@ -236,6 +242,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         self._lock = threading.Lock()  # the passes share buffers
         self.density = density
         self.rows_passed = 0  # in all
+        self.chunks_passed: Counter[int] = Counter()  # by their rows
         self._schedule: _Schedule | None = None  # of the call under way
         # By whether any row is paired, which takes longer.
         self._clocks = {False: PassClock(), True: PassClock()}
@@ -477,6 +484,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         for path, rows in chunk:
             path.add(gradients[rows])
         self.rows_passed += last.stop
+        self.chunks_passed[last.stop] += 1
         on_gpu = first.image.device.type == "cuda"
         if on_gpu and any(path.job.deadline is not None for path, _ in chunk):
             torch.cuda.synchronize(first.image.device)

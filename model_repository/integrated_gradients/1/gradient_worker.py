@@ -69,6 +69,11 @@ class GradientWorker:
             self._there |= {id(job): (job, number, done) for number, job in enumerate(taken)}
             self._changed.notify()
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that are there."""
+        return len(self._there)
+
     def close(self) -> None:
         """End the thread, once what is there has been explained."""
         with self._changed:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 from attribution_engine import Explanation, Job
+from attribution_metrics import AttributionMetrics
 from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
 from engine_loading import build_engine
 from gradient_worker import GradientWorker, OverloadedError
@@ -121,12 +123,14 @@ class TritonPythonModel:
         self.classes = example.shape[1]
         self.hold_seconds = float(settings["hold_seconds"])
         self.max_wait_seconds = float(settings["max_wait_seconds"])
-        self.rows_counted = 0
-        self.rows_family, self.rows_metric = _rows_counter(args["model_instance_name"])
+        self.chunks_counted: Counter[int] = Counter()
         # Last, so that nothing fails after it; it inherits this thread's niceness.
         self.worker = GradientWorker(
             self.engine, self.device, self.max_wait_seconds, int(settings["max_waiting_images"])
         )
+        # Each process has metrics of its own: Triton would drop shared ones with the first that unloads.
+        labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
+        self.metrics = AttributionMetrics(_metric_family, labels, lambda: self.worker.waiting)
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
@@ -145,9 +149,9 @@ class TritonPythonModel:
             try:
                 self._take(request, answer)
             except (ParameterError, TensorError) as refusal:
-                answer.refuse(str(refusal), pb_utils.TritonError.INVALID_ARG)
+                self._refuse(answer, str(refusal), pb_utils.TritonError.INVALID_ARG, "invalid")
             except OverloadedError as refusal:
-                answer.refuse(f"{OVERLOADED}: {refusal}", pb_utils.TritonError.UNAVAILABLE)
+                self._refuse(answer, f"{OVERLOADED}: {refusal}", pb_utils.TritonError.UNAVAILABLE, "overloaded")
             except Exception as failure:
                 self._fail(answer, failure)
         for answer in answers:
@@ -160,7 +164,7 @@ class TritonPythonModel:
 
     def _done(self, answer: _Answer, number: int, found: Explanation | Exception | None) -> None:
         """In the worker's thread: an image of a request is done; with the last one it is answered."""
-        self._count_rows()
+        self._count_chunks()
         if answer.is_sent.is_set():
             return  # another of its images failed
         try:
@@ -176,17 +180,39 @@ class TritonPythonModel:
         """Answer for an error of this model's own."""
         pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
         with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
-            answer.refuse(f"integrated_gradients failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
+            message = f"integrated_gradients failed: {failure!r:.200}"
+            self._refuse(answer, message, pb_utils.TritonError.INTERNAL, "failed")
+
+    def _refuse(self, answer: _Answer, message: str, code: int, outcome: str) -> None:
+        self.metrics.count("requests_total", outcome=outcome)
+        answer.refuse(message, code)
 
     def finalize(self):
         self.worker.close()
-        del self.rows_metric, self.rows_family  # in this order: a metric must not outlive its family
+        self.metrics.close()
 
-    def _count_rows(self) -> None:
-        passed = self.engine.rows_passed
-        if self.rows_metric is not None:
-            self.rows_metric.increment(passed - self.rows_counted)
-        self.rows_counted = passed
+    def _count_chunks(self) -> None:
+        """Tell the metrics of the passes since the last time; in the worker's thread."""
+        new = self.engine.chunks_passed - self.chunks_counted
+        self.chunks_counted += new
+        for rows, times in new.items():
+            self.metrics.count("rows_total", rows * times)
+            self.metrics.count("chunks_total", times)
+            self.metrics.observe("chunk_fill", rows / self.engine.max_rows, times)
+
+    def _count_explanations(self, answer: _Answer, explanations: list[Explanation], gaps: np.ndarray) -> None:
+        """Tell the metrics of a request; ``gaps`` [n] are relative to the sums of absolute attributions."""
+        asked = answer.work.parameters
+        method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
+        seconds = time.monotonic() - answer.arrived
+        self.metrics.count("requests_total", outcome="explained")
+        for explanation, gap in zip(explanations, gaps.tolist()):
+            self.metrics.count("explanations_total", method=method)
+            self.metrics.observe("steps", explanation.n_steps, method=method)
+            self.metrics.observe("convergence_gap", gap, method=method)
+            self.metrics.observe("error_estimate", explanation.error_estimate, method=method)
+            self.metrics.observe("wait_seconds", max(0.0, seconds - explanation.seconds))
+            self.metrics.observe("compute_seconds", explanation.seconds, method=method)
 
     def _read(self, request) -> Work:
         """The request as work to do.
@@ -262,18 +288,20 @@ class TritonPythonModel:
         if None in explanations:
             if answer.is_late():
                 message = f"the request's timeout of {answer.timeout_seconds:g} s is over"
-                answer.refuse(message, pb_utils.TritonError.UNAVAILABLE)
+                self._refuse(answer, message, pb_utils.TritonError.UNAVAILABLE, "late")
             elif answer.is_cancelled():
-                answer.refuse("the request was cancelled", pb_utils.TritonError.CANCELLED)
+                self._refuse(answer, "the request was cancelled", pb_utils.TritonError.CANCELLED, "cancelled")
             else:
                 message = f"{OVERLOADED}: the request has waited {self.max_wait_seconds:g} s for its first gradient"
-                answer.refuse(message, pb_utils.TritonError.UNAVAILABLE)
+                self._refuse(answer, message, pb_utils.TritonError.UNAVAILABLE, "overloaded")
             return
         attributions = torch.stack([explanation.attributions for explanation in explanations]).cpu().numpy()
         if not np.isfinite(attributions).all():
             raise ArithmeticError("the gradients are not finite")
         saliency = attributions.sum(axis=1)
         deltas = torch.stack([explanation.convergence_delta for explanation in explanations]).cpu().numpy()
+        sizes = np.abs(attributions).sum(axis=(1, 2, 3))
+        self._count_explanations(answer, explanations, np.abs(deltas) / np.maximum(sizes, 1e-12))
         outputs = {
             "EXPLAINED_CLASS": np.array(work.targets, np.int64)[:, None],
             "ATTRIBUTIONS": attributions,
@@ -293,18 +321,11 @@ class TritonPythonModel:
         )
 
 
-def _rows_counter(instance: str) -> tuple[pb_utils.MetricFamily | None, pb_utils.Metric | None]:
-    """The counter of rows and its family, which must live as long; none from a server built without metrics.
-
-    Each process has a counter of its own: Triton would drop a shared one with the first that unloads.
-    """
+def _metric_family(name: str, description: str, is_gauge: bool) -> pb_utils.MetricFamily | None:
+    """A family of Triton's own; none from a server without metrics."""
+    kind = pb_utils.MetricFamily.GAUGE if is_gauge else pb_utils.MetricFamily.COUNTER
     try:
-        family = pb_utils.MetricFamily(
-            name="integrated_gradients_rows_total",
-            description="Gradients taken: images at one point of their path",
-            kind=pb_utils.MetricFamily.COUNTER,
-        )
-        return family, family.Metric(labels={"instance": instance, "pid": str(os.getpid())})
+        return pb_utils.MetricFamily(name=name, description=description, kind=kind)
     except pb_utils.TritonModelException as error:
-        pb_utils.Logger.log_warn(f"no metrics: {error}")
-        return None, None
+        pb_utils.Logger.log_warn(f"no metric {name}: {error}")
+        return None

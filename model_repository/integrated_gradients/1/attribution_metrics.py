@@ -1,0 +1,118 @@
+"""What the gradients tell Prometheus, through the metrics of the server they run in.
+
+Counts are kept here and handed on once in a while: telling the server of one takes as long as a few rows of a GPU.
+Triton 2.51 has counters and gauges; a histogram is written as the counters that Prometheus makes of one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FLUSH_SECONDS = 0.25
+# What the values of a histogram are sorted by: upper ends, beyond the last infinity.
+BUCKETS = {
+    "steps": (4, 8, 12, 16, 20, 32, 50, 100, 200, 500, 1000),
+    "chunk_fill": (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1),
+    "convergence_gap": (1e-6, 1e-5, 1e-4, 1e-3, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5),
+    "error_estimate": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    "wait_seconds": (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 180),
+    "compute_seconds": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 180),
+}
+PREFIX = "integrated_gradients_"
+DESCRIPTIONS = {
+    "rows_total": "Gradients taken: images at one point of their path",
+    "chunks_total": "Forward and backward passes",
+    "explanations_total": "Images explained, by method",
+    "requests_total": "Requests by outcome: explained, invalid, overloaded, late, cancelled, failed",
+    "waiting_images": "Images that wait for gradients or get them",
+    "steps": "Gradients spent on an image",
+    "chunk_fill": "Rows of a pass as a share of the most",
+    "convergence_gap": "Absolute convergence delta as a share of the sum of absolute attributions",
+    "error_estimate": "Estimated relative error of an attribution that estimates it",
+    "wait_seconds": "From a request's arrival to its first gradient",
+    "compute_seconds": "From an image's first gradient to its explanation",
+}
+Labels = tuple[tuple[str, str], ...]
+
+
+class AttributionMetrics:
+    """Counters and histograms, safe to use from any thread.
+
+    Args:
+        make_family: called with name, description and whether it is a gauge; returns a family as Triton's
+            ``pb_utils.MetricFamily``, or None where the server takes no metrics.
+        labels: of all metrics, told apart by process.
+        waiting: how many images are there now.
+    """
+
+    def __init__(
+        self,
+        make_family: Callable[[str, str, bool], Any | None],
+        labels: Mapping[str, str],
+        waiting: Callable[[], int],
+    ) -> None:
+        self._make_family, self._labels, self._waiting = make_family, dict(labels), waiting
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, Labels]] = Counter()
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._is_over = threading.Event()
+        for name in ("rows_total", "chunks_total"):
+            self.count(name, 0)
+        self._thread = threading.Thread(target=self._flush_now_and_then, name="metrics", daemon=True)
+        self._thread.start()
+
+    def count(self, name: str, more: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self._counts[name, tuple(labels.items())] += more
+
+    def observe(self, name: str, value: float, times: int = 1, **labels: str) -> None:
+        """Add a value to a histogram; NaN is none."""
+        if math.isnan(value):
+            return
+        ends = BUCKETS[name]
+        with self._lock:
+            for end in (*ends[bisect.bisect_left(ends, value) :], math.inf):
+                le = "+Inf" if end == math.inf else f"{end:g}"
+                self._counts[f"{name}_bucket", (("le", le), *labels.items())] += times
+            self._counts[f"{name}_sum", tuple(labels.items())] += times * value
+            self._counts[f"{name}_count", tuple(labels.items())] += times
+
+    def close(self) -> None:
+        """Stop; the metrics go with this process."""
+        self._is_over.set()
+        self._thread.join()
+        self._metrics.clear()  # before their families: a metric must not outlive its own
+        self._families.clear()
+
+    def flush(self) -> None:
+        """Hand on what has come since the last time."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        for (name, labels), more in counts.items():
+            metric = self._metric(name, labels)
+            if metric is not None and (more or name.endswith("_total")):
+                metric.increment(more)
+        gauge = self._metric("waiting_images", (), is_gauge=True)
+        if gauge is not None:
+            gauge.set(self._waiting())
+
+    def _flush_now_and_then(self) -> None:
+        while not self._is_over.wait(FLUSH_SECONDS):
+            self.flush()
+
+    def _metric(self, name: str, labels: Labels, is_gauge: bool = False) -> Any | None:
+        key = (name, labels)
+        if key not in self._metrics:
+            if name not in self._families:
+                described = name if name in DESCRIPTIONS else name.rpartition("_")[0]
+                self._families[name] = self._make_family(PREFIX + name, DESCRIPTIONS[described], is_gauge)
+            family = self._families[name]
+            self._metrics[key] = family and family.Metric(labels={**self._labels, **dict(labels)})
+        return self._metrics[key]
