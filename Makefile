@@ -18,8 +18,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Every benchmark.
-bench: bench-engine bench-deadlines bench-stream bench-server
+# One report of everything, in under 40 minutes on 2 cores: out/bench/report.md; ARGS=--quick takes under 5.
+bench: $(INSTALLED)
+	$(BIN)/python -m tools.bench $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,19 +29,19 @@ lint: $(INSTALLED)
 
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
-	$(BIN)/python -m tools.bench_engine $(ARGS)
+	$(BIN)/python -m tools.bench.engine $(ARGS)
 
 # Whether answers keep their deadlines, and what a longer one buys.
 bench-deadlines: $(INSTALLED)
-	$(BIN)/python -m tools.bench_deadlines $(ARGS)
+	$(BIN)/python -m tools.bench.deadlines $(ARGS)
 
 # When a stream's prediction comes while other clients' gradients fill the machine.
 bench-stream: $(INSTALLED)
-	$(BIN)/python -m tools.bench_stream $(ARGS)
+	$(BIN)/python -m tools.bench.stream $(ARGS)
 
 # The whole server against a FastAPI service around Captum, over the wire.
 bench-server: $(INSTALLED)
-	$(BIN)/python -m tools.bench_server $(ARGS)
+	$(BIN)/python -m tools.bench.server $(ARGS)
 
 # How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
 quality: $(INSTALLED)

@@ -8,9 +8,9 @@ import pytest
 from conftest import relative_distance
 from test_serving import infer
 
-from tools.bench_server import BaselineService
-from tools.load import jpeg_images, run_block, saturated
-from tools.perf import read_profile, run
+from tools.bench.load import jpeg_images, run_block, saturated
+from tools.bench.perf import read_profile, run
+from tools.bench.server import BaselineService
 
 
 @pytest.mark.slow

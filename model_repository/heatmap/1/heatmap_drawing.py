@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -14,8 +15,8 @@ from PIL import Image, ImageFilter
 SMOOTHING_SIGMA = 1.5
 # Share of the heat's colour at its strongest, so that the image stays visible beneath.
 STRONGEST_BLEND = 0.85
-# Light compression: most of a PNG's time is spent here, and the picture is small.
-PNG_COMPRESS_LEVEL = 3
+# Run lengths: the demo's pictures in 200 KB and 8.8 ms, where level 3 takes 13.9 ms for 196 KB, level 6 33 ms for 186.
+PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def draw_heatmap(image: np.ndarray, relevance: np.ndarray, parameters: HeatmapParameters) -> bytes:
@@ -28,34 +29,38 @@ def draw_heatmap(image: np.ndarray, relevance: np.ndarray, parameters: HeatmapPa
     Returns:
         A PNG file of the same size.
     """
-    strength, colour = _heat(relevance, parameters)
+    heat, strengths, colours = _heat(relevance, parameters)
     if parameters.overlay == "heatmap":
-        drawn = colour
+        drawn = colours[heat]
     elif parameters.overlay == "masked":
-        drawn = image * strength[..., None]
+        drawn = image * strengths[heat][..., None]
     else:
         grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
-        drawn = grey + STRONGEST_BLEND * strength[..., None] * (colour - grey)
+        share = STRONGEST_BLEND * strengths[:, None]
+        drawn = grey * (1 - share)[heat] + (share * colours)[heat]
     file = io.BytesIO()
-    Image.fromarray(drawn.astype(np.uint8)).save(file, "PNG", compress_level=PNG_COMPRESS_LEVEL)
+    Image.fromarray(drawn.astype(np.uint8)).save(file, "PNG", **PNG_OPTIONS)
     return file.getvalue()
 
 
-def _heat(relevance: np.ndarray, parameters: HeatmapParameters) -> tuple[np.ndarray, np.ndarray]:
-    """Strength in [0, 1], float32 [height, width], and colour, uint8 [height, width, 3]."""
-    positive, negative = np.maximum(relevance, 0), np.maximum(-relevance, 0)
-    colormap = parameters.colormap
+def _heat(relevance: np.ndarray, parameters: HeatmapParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levels, uint8 [height, width], and the strength in [0, 1] and colour, uint8 [256, 3], of each of 256."""
+    levels = np.arange(256, dtype=np.float32)
     if parameters.polarity == "all":
         scale = _robust_maximum(np.abs(relevance), parameters.clip_percentile)
-        signed = _smooth(positive / scale) - _smooth(negative / scale)
-        signed /= max(np.abs(signed).max(), 1e-12)
-        table = _color_table("coolwarm" if colormap == "auto" else colormap)
-        return np.abs(signed), table[np.round(127.5 * (signed + 1)).astype(np.uint8)]
-    magnitude = {"positive": positive, "negative": negative, "absolute": np.abs(relevance)}[parameters.polarity]
-    strength = _smooth(magnitude / _robust_maximum(magnitude, parameters.clip_percentile))
-    strength /= max(strength.max(), 1e-12)
-    table = _color_table("inferno" if colormap == "auto" else colormap)
-    return strength, table[np.round(255 * strength).astype(np.uint8)]
+        signed = _smooth(np.maximum(relevance, 0), scale).astype(np.float32)
+        signed -= _smooth(np.maximum(-relevance, 0), scale)
+        signed *= 127.5 / max(np.abs(signed).max(), 1e-12)
+        colours = _color_table("coolwarm" if parameters.colormap == "auto" else parameters.colormap)
+        return np.round(signed + 127.5).astype(np.uint8), np.abs(levels / 127.5 - 1), colours
+    if parameters.polarity == "absolute":
+        magnitude = np.abs(relevance)
+    else:
+        magnitude = np.maximum(relevance if parameters.polarity == "positive" else -relevance, 0)
+    heat = _smooth(magnitude, _robust_maximum(magnitude, parameters.clip_percentile))
+    strengths = np.minimum(levels / max(heat.max(), 1), 1)
+    colours = _color_table("inferno" if parameters.colormap == "auto" else parameters.colormap)
+    return heat, strengths, colours[np.round(255 * strengths).astype(np.uint8)]
 
 
 def _robust_maximum(magnitude: np.ndarray, percentile: float) -> float:
@@ -63,10 +68,10 @@ def _robust_maximum(magnitude: np.ndarray, percentile: float) -> float:
     return max(float(np.percentile(magnitude, percentile)), 1e-12)
 
 
-def _smooth(magnitude: np.ndarray) -> np.ndarray:
-    """Clip to [0, 1] and blur; float32."""
-    levels = Image.fromarray(np.round(255 * np.minimum(magnitude, 1)).astype(np.uint8))
-    return np.asarray(levels.filter(ImageFilter.GaussianBlur(SMOOTHING_SIGMA)), np.float32) / 255
+def _smooth(magnitude: np.ndarray, scale: float) -> np.ndarray:
+    """Levels, uint8, of what is clipped at ``scale`` and blurred."""
+    levels = np.minimum(magnitude * np.float32(255 / scale) + np.float32(0.5), 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(levels).filter(ImageFilter.GaussianBlur(SMOOTHING_SIGMA)))
 
 
 @lru_cache

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import tritonclient.grpc
 
+from tools.bench.load import jpeg_images, saturated, triton_asker
 from tools.export import ensure_exported
-from tools.load import jpeg_images, saturated, triton_asker
 from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -88,7 +88,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_stream", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.stream", description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=8, help="of explain, beside (default: 8)")
     parser.add_argument("--n-steps", type=int, default=200, help="of each of their requests (default: 200)")
     parser.add_argument("--blocks", type=int, default=3, help="idle and saturated ones each (default: 3)")
@@ -99,7 +99,7 @@ def main() -> None:
     with EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "bench" / "triton.log") as server:
         seconds = measure(server, arguments.clients, arguments.n_steps, arguments.blocks, arguments.calls)
     report = {
-        "command": " ".join(["python -m tools.bench_stream", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.bench.stream", *sys.argv[1:]]),
         "machine": describe_machine(torch.device("cpu")),
         "clients": arguments.clients,
         "n_steps": arguments.n_steps,

@@ -309,7 +309,7 @@ def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
     for _ in range(MEMORY_REPEATS):
         for name, case in MEMORY_CASES.items():
             options = ["--device", str(device), "--precision", precision, "--memory-of", *map(str, case)]
-            command = [sys.executable, "-m", "tools.bench_engine", *options]
+            command = [sys.executable, "-m", "tools.bench.engine", *options]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             seen[name].append(float(found.split()[-1]))
     return {name: statistics.median(megabytes) for name, megabytes in seen.items()}
@@ -418,7 +418,7 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_engine", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="on a GPU")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 300])
@@ -458,7 +458,7 @@ def main() -> None:
         "memory_mb": lambda: measure_memory(device, arguments.precision),
     }
     report = {
-        "command": " ".join(["python -m tools.bench_engine", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.bench.engine", *sys.argv[1:]]),
         "machine": describe_machine(device),
         "precision": arguments.precision if on_gpu else "ieee",
         "max_rows": contestants.engine.max_rows,

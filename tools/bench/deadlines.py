@@ -94,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_deadlines", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.deadlines", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--deadlines-ms", type=int, nargs="+", default=list(DEADLINES_MS))
     parser.add_argument("--requests", type=int, default=50, help="with each deadline (default: 50)")
@@ -107,7 +107,7 @@ def main() -> None:
     held_out = HeldOut(arguments.device, arguments.reference_steps, arguments.folder)
     answers = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
     report = {
-        "command": " ".join(["python -m tools.bench_deadlines", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.bench.deadlines", *sys.argv[1:]]),
         "machine": describe_machine(arguments.device),
         "reference_steps": arguments.reference_steps,
         "answers": answers,

@@ -1,4 +1,4 @@
-"""The real perf_analyzer against one of the served models: ``python -m tools.perf explain --concurrency-range 1:4``.
+"""The real perf_analyzer against a served model: ``python -m tools.bench.perf explain --concurrency-range 1:4``.
 
 The tritonclient wheel brings the binary; two libraries that it wants lie in the embedded server's wheel under other
 names. This finds and links them, writes JPEG images as input data, and passes every further option on. It measures a
@@ -22,24 +22,27 @@ from typing import Any
 
 import numpy as np
 
+from tools.bench.load import jpeg_images
 from tools.export import ensure_exported
-from tools.load import jpeg_images
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports, wheel_folder
 
 MODELS = ("classify", "explain", "explain_stream")
 # Names that perf_analyzer wants, and how the wheel's begin.
 LIBRARIES = {"libb64.so.0d": "libb64-", "libcudart.so.12": "libcudart-"}
-USAGE = f"usage: python -m tools.perf {{{','.join(MODELS)}}} [options of perf_analyzer ...]"
+USAGE = f"usage: python -m tools.bench.perf {{{','.join(MODELS)}}} [options of perf_analyzer ...]"
 
 
-def run(model: str, url: str, options: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    model: str, url: str, options: Sequence[str], folder: Path, quiet: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run perf_analyzer over gRPC; its files go to ``folder``.
 
     Args:
         model: one of ``MODELS``.
         url: host and gRPC port.
         options: of perf_analyzer, passed on as they are.
+        quiet: keep what it prints instead of showing it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "input.json"
@@ -59,7 +62,7 @@ def run(model: str, url: str, options: Sequence[str], folder: Path) -> subproces
             (Path(links) / name).symlink_to(next(libraries.glob(f"{beginning}*")))
         path = os.pathsep.join([links, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep)
         environment = {**os.environ, "LD_LIBRARY_PATH": path}
-        return subprocess.run([*command, *options], env=environment, text=True, check=False)
+        return subprocess.run([*command, *options], env=environment, text=True, capture_output=quiet, check=False)
 
 
 def _as_input(image: bytes) -> str:

@@ -8,7 +8,7 @@ explain            the ensemble over gRPC at 50 steps, and at about as accurate 
                    for: a tolerance of 0.05 and the heatmap alone.
 
 For each number of clients: explanations a second, latencies, bytes on the wire, the servers' memory. Then what a
-prediction waits for beside saturated explanations, and where an explanation's time goes. Prints tables, writes JSON.
+prediction, and a short explanation, wait for beside many long ones. Prints tables, writes JSON.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-import tritonclient.grpc
 from tqdm import tqdm
 
+from tools.bench.load import Ask, jpeg_images, run_block, saturated, triton_asker
 from tools.export import ensure_exported
-from tools.load import Ask, jpeg_images, run_block, saturated, triton_asker
 from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS, ROOT
 from tools.server import HOST, EmbeddedServer, Ports
@@ -44,9 +43,9 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "explain, tolerance 0.02": (ATTRIBUTIONS, {"tolerance": "0.02"}),
     "explain, tolerance 0.05, heatmap": (HEATMAP, {"tolerance": "0.05"}),
 }
-MODELS = ("preprocess", "classifier", "integrated_gradients", "heatmap")
-# What saturates: clients and the steps of each of their requests.
+# What saturates: clients and the steps of each of their requests. The long ones are fewer, for their end is waited for.
 SATURATING_CLIENTS, SATURATING_STEPS = 8, 200
+LONG_CLIENTS, LONG_STEPS, SHORT_STEPS = 4, 500, 20
 
 
 class BaselineService:
@@ -162,78 +161,76 @@ def measure_throughput(
 
 
 def measure_isolation(
-    service: BaselineService, server: EmbeddedServer, images: list[bytes], calls: int, seconds: float
+    service: BaselineService,
+    server: EmbeddedServer,
+    images: list[bytes],
+    calls: int,
+    seconds: float,
+    saturating_steps: int = SATURATING_STEPS,
+    long_steps: int = LONG_STEPS,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of so many predictions with nobody else there, and beside saturated explanations; fewer in time."""
+    """Seconds of so many calls with nobody else there, and beside saturated explanations; fewer in time."""
     url = server.grpc_url
+
+    def explaining(outputs: tuple[str, ...], n_steps: int) -> Callable[[], Ask]:
+        return lambda: triton_asker(url, "explain", images, outputs, {"n_steps": n_steps})
+
     contenders = {
-        "FastAPI + Captum": (
+        f"FastAPI + Captum, predictions; beside {SATURATING_CLIENTS} clients at 50 steps": (
             lambda: service.asker("classify", images),
             lambda: service.asker("explain", images),
+            SATURATING_CLIENTS,
         ),
-        "classify": (
+        f"classify; beside {SATURATING_CLIENTS} clients at {saturating_steps} steps": (
             lambda: triton_asker(url, "classify", images, ("PROBABILITIES",), {}),
-            lambda: triton_asker(url, "explain", images, ("SALIENCY",), {"n_steps": SATURATING_STEPS}),
+            explaining(("SALIENCY",), saturating_steps),
+            SATURATING_CLIENTS,
+        ),
+        f"explain, {SHORT_STEPS} steps; beside {LONG_CLIENTS} clients at {long_steps} steps": (
+            explaining(HEATMAP, SHORT_STEPS),
+            explaining(("SALIENCY",), long_steps),
+            LONG_CLIENTS,
         ),
     }
     found: dict[str, dict[str, list[float]]] = {}
-    for name, (classify, explain) in contenders.items():
-        run_block(classify, 1, 5)
-        idle = run_block(classify, 1, calls, seconds).seconds
-        with saturated(explain, SATURATING_CLIENTS):
-            beside = run_block(classify, 1, calls, seconds).seconds
-        found[name] = {"idle": idle, "saturated": beside}
+    for name, (ask, beside, clients) in tqdm(contenders.items(), desc="isolation"):
+        run_block(ask, 1, 3)
+        idle = run_block(ask, 1, calls, seconds).seconds
+        with saturated(beside, clients):
+            loaded = run_block(ask, 1, calls, seconds).seconds
+        found[name] = {"idle": idle, "saturated": loaded}
     return found
 
 
-def measure_shares(server: EmbeddedServer, images: list[bytes], calls: int) -> dict[str, Any]:
-    """Where an explanation's time goes with one client, by Triton's own statistics: means in ms."""
-    client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-    ask = triton_asker(server.grpc_url, "explain", images, HEATMAP, {"n_steps": 20})
-    for number in range(3):
-        ask(number)
-    before = {model: _statistics(client, model) for model in MODELS}
-    seconds = run_block(lambda: ask, 1, calls).seconds
-    after = {model: _statistics(client, model) for model in MODELS}
-    shares = {
-        model: {part: (after[model][part] - before[model][part]) / calls / 1e6 for part in after[model]}
-        for model in MODELS
-    }
-    total = 1e3 * float(np.mean(seconds))
-    return {
-        "models": shares,
-        "total_ms": total,
-        "outside_gradients_ms": total - shares["integrated_gradients"]["compute_infer"],
-    }
+def times_baseline(rows: list[dict[str, Any]]) -> list[float]:
+    """Explanations a second of each row, as times the baseline's with as many clients."""
+    base = {row["clients"]: row["per_second"] for row in rows if row["contender"] == BASELINE}
+    return [row["per_second"] / base[row["clients"]] for row in rows]
 
 
-def _statistics(client: tritonclient.grpc.InferenceServerClient, model: str) -> dict[str, int]:
-    """Nanoseconds so far."""
-    found = client.get_inference_statistics(model).model_stats[0].inference_stats
-    parts = ("queue", "compute_input", "compute_infer", "compute_output")
-    return {part: getattr(found, part).ns for part in parts}
-
-
-def table(report: dict[str, Any]) -> str:
+def throughput_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    base = {row["clients"]: row for row in report["throughput"] if row["contender"] == BASELINE}
     lines = [
         "| clients | | explanations a second | times the baseline | p50 | p95 | p99 | bytes | server memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["throughput"]:
+    for row, times in zip(rows, times_baseline(rows)):
         p50, p95, p99 = (f"{1e3 * np.percentile(row['seconds'], part):.0f} ms" for part in (50, 95, 99))
         lines.append(
             f"| {row['clients']} | {row['contender']} | {row['per_second']:.2f} "
-            f"| {row['per_second'] / base[row['clients']]['per_second']:.2f} | {p50} | {p95} | {p99} "
+            f"| {times:.2f} | {p50} | {p95} | {p99} "
             f"| {row['bytes'] / 1e3:.0f} KB | {row['memory_mb']:.0f} MB |"
         )
-    lines += [
-        "",
-        f"| predictions | idle p50 / p95 / p99 | beside {SATURATING_CLIENTS} clients' explanations | p95, times idle |",
+    return "\n".join(lines)
+
+
+def isolation_table(isolation: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown."""
+    lines = [
+        "| calls; what runs beside them | idle p50 / p95 / p99 | beside it | p95, times idle |",
         "|---|---|---|---|",
     ]
-    for name, found in report["isolation"].items():
+    for name, found in isolation.items():
         cells = [
             " / ".join(f"{1e3 * np.percentile(values, part):.0f}" for part in (50, 95, 99)) + " ms"
             for values in found.values()
@@ -241,22 +238,11 @@ def table(report: dict[str, Any]) -> str:
         ratio = np.percentile(found["saturated"], 95) / np.percentile(found["idle"], 95)
         calls = " and ".join(str(len(values)) for values in found.values())
         lines.append(f"| {name}, {calls} calls | {cells[0]} | {cells[1]} | {ratio:.2f} |")
-    lines += [
-        "",
-        "| one explanation of 20 steps, heatmap | queue | input | compute | output |",
-        "|---|---|---|---|---|",
-    ]
-    for model, parts in report["shares"]["models"].items():
-        lines.append(f"| {model} | {' | '.join(f'{value:.1f} ms' for value in parts.values())} |")
-    shares = report["shares"]
-    lines.append(
-        f"\n{shares['total_ms']:.0f} ms in all, {shares['outside_gradients_ms']:.1f} ms of them outside the gradients."
-    )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_server", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.server", description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=30, help="of each block, about (default: 30)")
     parser.add_argument("--calls", type=int, default=100, help="predictions in each condition (default: 100)")
@@ -270,13 +256,13 @@ def main() -> None:
     log = OUTPUTS / "bench" / "triton.log"
     with BaselineService() as service, EmbeddedServer(ports=Ports.free(), log_file=log) as server:
         report = {
-            "command": " ".join(["python -m tools.bench_server", *sys.argv[1:]]),
+            "command": " ".join(["python -m tools.bench.server", *sys.argv[1:]]),
             "machine": describe_machine(torch.device("cpu")),
             "throughput": measure_throughput(service, server, images, arguments.clients, arguments.seconds),
             "isolation": measure_isolation(service, server, images, arguments.calls, arguments.seconds),
-            "shares": measure_shares(server, images, 30),
         }
-    write_report(report, table(report), arguments.out)
+    tables = [throughput_table(report["throughput"]), isolation_table(report["isolation"])]
+    write_report(report, "\n\n".join(tables), arguments.out)
 
 
 if __name__ == "__main__":

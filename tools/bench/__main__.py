@@ -1,0 +1,134 @@
+"""``make bench``: everything that can be measured in under 40 minutes on 2 CPU cores, as one report.
+
+``--quick`` takes under 5 minutes, with fewer and shorter runs of most parts; read its figures as hints. `make
+bench-engine`, `bench-server`, `bench-stream` and `bench-deadlines` measure a part at length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
+from tools.bench.load import jpeg_images
+from tools.export import ensure_exported
+from tools.measuring import describe_machine
+from tools.paths import OUTPUTS
+from tools.server import EmbeddedServer, Ports
+
+
+def measure_engine(quick: bool) -> dict[str, Any]:
+    """Against Captum in this process."""
+    contestants = engine.Contestants(torch.device("cpu"), "ieee", 4)
+    repeats = 1 if quick else 3
+    if not quick:
+        contestants.tune()
+    steps = (20, 50) if not quick else (20,)
+    found = {
+        "rows": [engine.compare(contestants, 1, count, repeats) for count in steps],
+        "most_rows": max(steps),
+        "left_out": [],
+        "profile": engine.profile_engine(contestants),
+    }
+    if not quick:
+        found["accurate"] = engine.compare_accurate(contestants, repeats)
+    return found
+
+
+def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+    """What to measure, in order; servers are started when a part first needs them."""
+    device, images, started = torch.device("cpu"), jpeg_images(), {}
+
+    def triton() -> EmbeddedServer:
+        if "triton" not in started:
+            server_ = EmbeddedServer(ports=Ports.free(), log_file=folder / "triton.log")
+            started["triton"] = stack.enter_context(server_)
+        return started["triton"]
+
+    def service() -> server.BaselineService:
+        if "service" not in started:
+            started["service"] = stack.enter_context(server.BaselineService())
+        return started["service"]
+
+    def both() -> tuple[server.BaselineService, EmbeddedServer, list[bytes]]:
+        return service(), triton(), images
+
+    if quick:
+        return {
+            "engine": lambda: measure_engine(quick),
+            "sampling": lambda: sampling.measure(device, 1, (200,)),
+            "shares": lambda: scaling.measure_shares(triton(), images, 10),
+            "scaling": lambda: scaling.measure_scaling(triton(), images, 1, quick),
+            "analyzer": lambda: analyzer.measure(triton(), folder / "perf", quick),
+            "throughput": lambda: server.measure_throughput(*both(), [4], 4),
+            "isolation": lambda: server.measure_isolation(*both(), 30, 5, saturating_steps=25, long_steps=100),
+        }
+    return {
+        "engine": lambda: measure_engine(quick),
+        "sampling": lambda: sampling.measure(device, 5),
+        "shares": lambda: scaling.measure_shares(triton(), images, 40),
+        "scaling": lambda: scaling.measure_scaling(triton(), images, 3, quick),
+        "analyzer": lambda: analyzer.measure(triton(), folder / "perf", quick),
+        "stream": lambda: {
+            "clients": 8,
+            "n_steps": 200,
+            "seconds": stream.measure(triton(), clients=8, n_steps=200, blocks=1, calls=20),
+        },
+        "throughput": lambda: server.measure_throughput(*both(), [1, 2, 4, 8, 16], 15),
+        "isolation": lambda: server.measure_isolation(*both(), 100, 20),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers to five digits, which is more than they are good for."""
+    if isinstance(value, dict):
+        return {str(key): rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under 5 minutes, figures as hints")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the report, by name")
+    parser.add_argument(
+        "--out", type=Path, default=OUTPUTS / "bench", help="folder for report.md, report.json and plots"
+    )
+    parser.add_argument("--from", dest="known", type=Path, help="a report.json whose other parts are taken over")
+    arguments = parser.parse_args()
+    ensure_exported()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    found = json.loads(arguments.known.read_text()) if arguments.known else {}
+    found |= {
+        "command": " ".join(["python -m tools.bench", *sys.argv[1:]]),
+        "machine": describe_machine(torch.device("cpu")),
+    }
+    with ExitStack() as stack:
+        measures = parts(arguments.quick, OUTPUTS / "bench", stack)
+        if unknown := set(arguments.only or ()) - set(measures):
+            parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(measures)}")
+        chosen = [name for name in measures if name in (arguments.only or measures)]
+        for number, name in enumerate(chosen, 1):
+            print(f"[{number}/{len(chosen)}, {(time.monotonic() - started) / 60:.0f} min] {name}", flush=True)
+            found[name] = measures[name]()
+    found["minutes"] = (time.monotonic() - started) / 60
+    found = rounded(found)
+    (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
+    text = report.markdown(found, report.draw(found, arguments.out))
+    (arguments.out / "report.md").write_text(text)
+    print(text)
+    print(f"wrote report.md, report.json and plots in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The report of ``make bench``: headlines, tables and plots of everything that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
+
+from tools.bench import analyzer, engine, sampling, scaling, server, stream
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {"idle": "nobody else there", "saturated": "beside them"}
+COLOURS = ("#8d99ae", "#30638e", "#d1495b", "#edae49", "#66a182", "#003d5b", "#b5838d")
+# TorchServe's own explainer, from its source and not measured: pytorch/serve, ts/torch_handler/vision_handler.py and
+# base_handler.py at 05c4c63.
+TORCHSERVE = (
+    "TorchServe's `explain` (`ts/torch_handler/vision_handler.py` at 05c4c63, from its source, not measured): "
+    "`attribute(n_steps=15)` from the zero baseline, no other number possible; one target for the whole batch, that of "
+    "its first request; JSON lists back."
+)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[str]:
+    """What the measurements come to, a sentence each."""
+    if rows := report.get("throughput"):
+        clients = max(row["clients"] for row in rows if row["clients"] <= 8)
+        base = next(row for row in rows if row["contender"] == server.BASELINE and row["clients"] == clients)
+        for row, times in zip(rows, server.times_baseline(rows)):
+            if row["clients"] == clients and row is not base:
+                yield (
+                    f"`{row['contender']}`, {clients} clients: {times:.2f} times the explanations a second of "
+                    f"{server.BASELINE}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
+                )
+    for name, found in report.get("isolation", {}).items():
+        idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
+        yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."
+    if shares := report.get("shares"):
+        outside = shares["outside_networks_ms"]
+        yield (
+            f"Outside the two networks (decoding, transfers, queues, heatmap, PNG, wire) an explanation takes "
+            f"{outside:.1f} ms; the classifier's forward pass {shares['shares_ms']['classifier']:.1f} ms."
+        )
+    if accurate := report.get("engine", {}).get("accurate"):
+        typical = accurate["median_seconds"]
+        yield (
+            f"In one process, `calibrated` with 16 steps is {typical['captum'] / typical['calibrated, 16 steps']:.2f} "
+            f"times as fast as Captum's {engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
+        )
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """What an explanation costs in arithmetic, in Markdown."""
+    profile = found["profile"]
+    row = profile["gflop_per_row"]
+    lines = ["| steps | GFLOP | seconds | share of the machine's peak |", "|---|---|---|---|"]
+    for cell in found["rows"]:
+        seconds = cell["median_seconds"]["engine"]
+        work = cell["n_steps"] * cell["batch"] * row
+        share = work / seconds / profile["matrix_product_peak_gflop_per_second"]
+        lines.append(f"| {cell['n_steps']} | {work:.0f} | {seconds:.2f} | {share:.0%} |")
+    lines += ["", f"{row:.2f} GFLOP a gradient, forward and backward; the peak is that of a large matrix product here."]
+    return "\n".join(lines)
+
+
+Section = tuple[str, str, Callable[[Any], str]]
+SECTIONS: tuple[Section, ...] = (
+    ("throughput", "Against FastAPI and Captum", lambda rows: f"{server.throughput_table(rows)}\n\n{TORCHSERVE}"),
+    ("isolation", "Beside saturated explanations", server.isolation_table),
+    ("shares", "Where the time goes", scaling.shares_table),
+    ("scaling", "Steps, batches, image sizes", scaling.scaling_table),
+    (
+        "engine",
+        "The engine against Captum, in one process",
+        lambda found: f"{engine.table(found)}\n\n{cost_table(found)}",
+    ),
+    ("sampling", "Gradients against sampling", sampling.table),
+    ("analyzer", "perf_analyzer", analyzer.table),
+    ("stream", "A stream's first response", stream.table),
+)
+
+
+def markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
+    """The whole report; ``pictures`` are files by the section they belong to."""
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = ["# Benchmarks", "", f"`{report['command']}`, {report['minutes']:.0f} minutes: {machine}.", ""]
+    lines += [f"- {line}" for line in headlines(report)]
+    for name, title, table in SECTIONS:
+        if name in report:
+            lines += ["", f"## {title}", ""]
+            if name in pictures:
+                lines += [f"![{title}]({pictures[name]})", ""]
+            lines.append(table(report[name]))
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Draw the plots of what was measured; section -> name of its file."""
+    found = {}
+    for name, plot in PLOTS.items():
+        if name in report:
+            figure = plot(report[name])
+            figure.tight_layout()
+            found[name] = f"{name}.png"
+            figure.savefig(folder / found[name], dpi=110)
+            plt.close(figure)
+    return found
+
+
+def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    counts = list(dict.fromkeys(row["clients"] for row in rows))
+    width = 0.8 / len(contenders)
+    for number, (contender, colour) in enumerate(zip(contenders, COLOURS)):
+        own = [row for row in rows if row["contender"] == contender]
+        places = np.arange(len(counts)) + number * width
+        axes[0].bar(places, [row["per_second"] for row in own], width, color=colour, label=contender)
+        medians = [np.median(row["seconds"]) for row in own]
+        highs = [np.percentile(row["seconds"], 95) for row in own]
+        axes[1].bar(places, medians, width, color=colour)
+        axes[1].vlines(places, medians, highs, color="#333333", linewidth=1)
+    axes[0].set(ylabel="explanations a second", xlabel="clients")
+    axes[1].set(ylabel="seconds, median to 95 %", xlabel="clients", yscale="log")
+    for axis in axes:
+        axis.set_xticks(np.arange(len(counts)) + 0.4 - width / 2, map(str, counts))
+        axis.grid(axis="y", alpha=0.3)
+    axes[1].yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    axes[1].yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.8 * len(isolation)))
+    for place, found in enumerate(isolation.values()):
+        for offset, (key, colour) in enumerate((("idle", COLOURS[1]), ("saturated", COLOURS[2]))):
+            value = 1e3 * np.percentile(found[key], 95)
+            axis.barh(place + 0.35 * offset, value, 0.33, color=colour, label=LABELS[key] if not place else None)
+            axis.annotate(
+                f"{value:.0f} ms", (value, place + 0.35 * offset), (4, -3), textcoords="offset points", fontsize=8
+            )
+    axis.set(xscale="log", xlabel="p95, ms")
+    axis.set_yticks(np.arange(len(isolation)) + 0.17, [name.replace("; ", ";\n") for name in isolation], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _plot_shares(found: dict[str, Any]) -> plt.Figure:
+    figure, axes = plt.subplots(2, 1, figsize=(9, 2.6))
+    shares = found["shares_ms"]
+    outside = {name: value for name, value in shares.items() if name != "gradients"}
+    for axis, values, title in ((axes[0], shares, "all"), (axes[1], outside, "outside the gradients")):
+        left = 0.0
+        for name, colour in zip(shares, COLOURS):
+            if name in values:
+                axis.barh(0, values[name], left=left, color=colour, label=f"{name} {values[name]:.1f} ms")
+                left += values[name]
+        axis.set(yticks=[], xlim=(0, left), ylabel=title)
+        axis.yaxis.label.set(rotation=0, ha="right", fontsize=8)
+    axes[1].set_xlabel("ms")
+    axes[0].legend(frameon=False, fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> plt.Figure:
+    figure, axes = plt.subplots(1, len(found), figsize=(11, 3.2))
+    titles = {"steps": "steps", "batch": "images in a request", "side": "side of the image, pixels"}
+    for axis, (kind, values) in zip(axes, found.items()):
+        places = [int(value) for value in values]
+        axis.plot(places, [1e3 * np.median(each) for each in values.values()], "o-", color=COLOURS[1])
+        axis.set(xlabel=titles[kind], ylabel="ms, median", ylim=0)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
+    maps = {name: values for name, values in found["maps"].items() if name != "random"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.35 * len(maps)), sharey=True)
+    colours = [COLOURS[2] if name.startswith("Integrated") else COLOURS[1] for name in maps]
+    axes[0].barh(list(maps), [float(np.median(values["seconds"])) for values in maps.values()], color=colours)
+    axes[0].set(xscale="log", xlabel="seconds an image")
+    axes[1].barh(list(maps), [float(np.mean(values["deletion"])) for values in maps.values()], color=colours)
+    axes[1].axvline(np.mean(found["maps"]["random"]["deletion"]), color="#666666", linestyle=":", label="random pixels")
+    axes[1].set(xlabel="deletion area: the lower, the more it matters what is shown")
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].tick_params(axis="y", labelsize=8)
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+PLOTS = {
+    "throughput": _plot_throughput,
+    "isolation": _plot_isolation,
+    "shares": _plot_shares,
+    "scaling": _plot_scaling,
+    "sampling": _plot_sampling,
+}

@@ -1,0 +1,144 @@
+"""Gradients against sampling: Captum's LIME and KernelSHAP over superpixels, on the same network and images.
+
+For each map: the time of an image, whether taking away what it calls salient changes the prediction (deletion and
+insertion areas), and how much of it lies on the shape that the generator drew. `python -m tools.bench.sampling`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attribution_engine import Job
+from captum.attr import KernelShap, Lime
+from skimage.segmentation import slic
+from torch import Tensor
+from tqdm import tqdm
+
+from tools.export import ensure_exported, load_source
+from tools.faithfulness import curves
+from tools.measuring import default_device, describe_machine, load_engine, timed, write_report
+from tools.paths import OUTPUTS
+from tools.shapes.dataset import draw_view, view_pixels
+from tools.shapes.localisation import DILATION, dilate, peak_inside, share_inside
+
+# Held-out images that nothing else here uses.
+FIRST_VIEW = 2000
+SUPERPIXELS = 50
+SAMPLES = (200, 1000)
+# Perturbed images of one forward pass.
+PERTURBATIONS = 16
+ENGINE_MAPS = {
+    "Integrated Gradients, 50 steps": {"n_steps": 50},
+    "Integrated Gradients, calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
+    "Integrated Gradients, tolerance 0.05": {"tolerance": 0.05, "n_steps": 200},
+}
+
+
+def superpixels(pixels: Tensor) -> Tensor:
+    """Number of the superpixel of each pixel, int64 [1, height, width], of an image [3, height, width]."""
+    image = pixels.permute(1, 2, 0).double().cpu().numpy()
+    image = (image - image.min()) / (image.max() - image.min())
+    return torch.from_numpy(slic(image, n_segments=SUPERPIXELS, start_label=0))[None].to(pixels.device)
+
+
+class Maps:
+    """Every way to explain an image, by name."""
+
+    def __init__(self, device: torch.device, samples: tuple[int, ...]) -> None:
+        self.engine = load_engine(device, "tf32")
+        self.eager = load_source("shapes").module.to(device).eval()
+        self.makers: dict[str, Callable[[Tensor, int], Tensor]] = {
+            name: lambda image, target, options=options: self._gradients(image, target, options)
+            for name, options in ENGINE_MAPS.items()
+        }
+        for name, method in (("LIME", Lime), ("KernelSHAP", KernelShap)):
+            for count in samples:
+                self.makers[f"{name}, {count} samples"] = lambda image, target, method=method, count=count: (
+                    self._sampled(method, image, target, count)
+                )
+        self.makers["random"] = lambda image, target: torch.rand(image.shape[1:])
+
+    def _gradients(self, image: Tensor, target: int, options: dict[str, Any]) -> Tensor:
+        (found,) = self.engine.explain([Job(image, torch.zeros_like(image), target, baseline_key="zero", **options)])
+        return found.attributions.sum(dim=0).cpu()
+
+    @torch.no_grad()
+    def _sampled(self, method: type, image: Tensor, target: int, count: int) -> Tensor:
+        found = method(self.eager).attribute(
+            image[None],
+            target=target,
+            feature_mask=superpixels(image)[None],
+            n_samples=count,
+            perturbations_per_eval=PERTURBATIONS,
+        )
+        return found[0, 0].cpu()  # the same in each channel
+
+
+def measure(device: torch.device, images: int, samples: tuple[int, ...] = SAMPLES) -> dict[str, Any]:
+    """name -> key -> one number for each image."""
+    torch.manual_seed(0)
+    maps = Maps(device, samples)
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in maps.makers}
+    for view in tqdm(range(FIRST_VIEW, FIRST_VIEW + images), desc="images"):
+        image = view_pixels("test", [view])[0].to(device)
+        with torch.no_grad():
+            target = int(maps.engine.network(image[None]).argmax())
+        mask = dilate(draw_view("test", view).mask, DILATION)
+        for name, make in maps.makers.items():
+            made: list[Tensor] = []
+            seconds = timed(lambda make=make, made=made, image=image, target=target: made.append(make(image, target)))
+            saliency = made[0]
+            both = curves(maps.engine.network, image, saliency.to(device), target)
+            array = saliency.numpy()
+            for key, value in {
+                "seconds": seconds,
+                "deletion": both.deletion_area,
+                "insertion": both.insertion_area,
+                "top_share_inside": share_inside(array, mask),
+                "peak_inside": float(peak_inside(array, mask)),
+            }.items():
+                found[name].setdefault(key, []).append(value)
+    return {"images": images, "superpixels": SUPERPIXELS, "maps": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"{found['images']} held-out images, about {found['superpixels']} superpixels by SLIC; means but for the time:",
+        "",
+        "| map | time, median | deletion area (low) | insertion area (high) | top 1 % on the shape | peak on it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in found["maps"].items():
+        deletion, insertion, top, peak = (
+            np.mean(values[key]) for key in ("deletion", "insertion", "top_share_inside", "peak_inside")
+        )
+        seconds = "" if name == "random" else f"{np.median(values['seconds']):.2f} s"
+        lines.append(f"| {name} | {seconds} | {deletion:.3f} | {insertion:.3f} | {top:.1%} | {peak:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.sampling", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "sampling.json")
+    arguments = parser.parse_args()
+    ensure_exported()
+    report = {
+        "command": " ".join(["python -m tools.bench.sampling", *sys.argv[1:]]),
+        "machine": describe_machine(arguments.device),
+        **measure(arguments.device, arguments.images, tuple(arguments.samples)),
+    }
+    write_report(report, table(report), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What the served explanation costs as its steps, its batch and its image grow, and where its time goes."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+import urllib.request
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc
+from PIL import Image
+from tqdm import tqdm
+
+from tools.bench.load import run_block, triton_asker
+from tools.measuring import timed
+from tools.server import EmbeddedServer
+from tools.shapes.dataset import draw_scene
+
+STEPS = (10, 20, 50, 100, 200)
+BATCHES = (1, 2, 4, 8)
+SIDES = (224, 512, 1024, 2048, 4096)
+BATCH_STEPS = SIDE_STEPS = 20
+HEATMAP = ("PROBABILITIES", "HEATMAP")
+# The steps of the ensemble beside the gradients, whose own statistics do not tell their time.
+OTHERS = ("preprocess", "classifier", "heatmap")
+PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
+# What the gradients tell of themselves is read when they have told the server.
+METRICS_SECONDS = 1.0
+
+
+def measure_scaling(server: EmbeddedServer, images: list[bytes], calls: int, quick: bool) -> dict[str, Any]:
+    """Seconds of each call of `explain` by number of steps, of images in a request, and by side of the image."""
+    url = server.grpc_url
+    steps, batches, sides = (values[1:3] if quick else values for values in (STEPS, BATCHES, SIDES))
+    found: dict[str, dict[int, list[float]]] = {"steps": {}, "batch": {}, "side": {}}
+    with tqdm(total=calls * (len(steps) + len(batches) + len(sides)), desc="scaling") as progress:
+
+        def take(kind: str, value: int, ask: Any) -> None:
+            ask()
+            for _ in range(calls):
+                found[kind].setdefault(value, []).append(timed(ask))
+                progress.update()
+
+        for count in steps:
+            ask = triton_asker(url, "explain", images, HEATMAP, {"n_steps": count})
+            take("steps", count, lambda ask=ask: ask(0))
+        for size in batches:
+            take("batch", size, _batch_asker(url, images[:1] * size))
+        for side in sides:
+            ask = triton_asker(url, "explain", [_large_jpeg(side)], HEATMAP, {"n_steps": SIDE_STEPS})
+            take("side", side, lambda ask=ask: ask(0))
+    return found
+
+
+def _batch_asker(url: str, images: list[bytes]) -> Any:
+    """One request of several images."""
+    client = tritonclient.grpc.InferenceServerClient(url)
+    tensor = tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(images, np.object_)[:, None])
+    wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in HEATMAP]
+    return lambda: client.infer("explain", [tensor], outputs=wanted, parameters={"n_steps": BATCH_STEPS})
+
+
+def _large_jpeg(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(draw_scene("test", 0, size=min(side, 1024)).image).resize((side, side)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def measure_shares(server: EmbeddedServer, images: list[bytes], calls: int, n_steps: int = 20) -> dict[str, Any]:
+    """Where an explanation's time goes with one client: means in ms, by what the models say of themselves."""
+    client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+    ask = triton_asker(server.grpc_url, "explain", images, HEATMAP, {"n_steps": n_steps})
+    for number in range(3):
+        ask(number)
+    before = _told(server, client)
+    seconds = run_block(lambda: ask, 1, calls).seconds
+    after = _told(server, client)
+    each = {name: (after[name] - before[name]) / calls for name in after}
+    shares = {
+        "decode and resize": each["preprocess compute_infer"],
+        "classifier": each["classifier compute_infer"],
+        "gradients": each["gradients"],
+        "heatmap and PNG": each["heatmap compute_infer"],
+        "queues": sum(each[f"{model} queue"] for model in OTHERS) + each["gradients wait"],
+        "transfers": sum(each[f"{model} {part}"] for model in OTHERS for part in ("compute_input", "compute_output")),
+    }
+    total = 1e3 * float(np.mean(seconds))
+    # Request and response on the wire, the ensemble's scheduling, and what the models do not count.
+    shares["wire and rest"] = max(0.0, total - sum(shares.values()))
+    median = 1e3 * float(np.median(seconds))
+    return {
+        "calls": calls,
+        "n_steps": n_steps,
+        "shares_ms": shares,
+        "mean_ms": total,
+        "p50_ms": median,
+        "outside_gradients_ms": total - shares["gradients"],
+        "outside_networks_ms": total - shares["gradients"] - shares["classifier"],
+    }
+
+
+def _told(server: EmbeddedServer, client: tritonclient.grpc.InferenceServerClient) -> dict[str, float]:
+    """Milliseconds so far."""
+    found = {}
+    for model in OTHERS:
+        statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
+        found |= {f"{model} {part}": getattr(statistics, part).ns / 1e6 for part in PARTS}
+    time.sleep(METRICS_SECONDS)
+    text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+    for name, metric in (("gradients", "compute_seconds"), ("gradients wait", "wait_seconds")):
+        values = re.findall(rf"^integrated_gradients_{metric}_sum\{{.*\}} (\S+)$", text, re.MULTILINE)
+        found[name] = 1e3 * sum(map(float, values))
+    return found
+
+
+def scaling_table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| | | one call, median | an explanation | explanations a second |", "|---|---|---|---|---|"]
+    named = {"steps": "{} steps", "batch": f"{{}} images, {BATCH_STEPS} steps", "side": "{0} x {0} pixels"}
+    for kind, values in found.items():
+        for value, seconds in values.items():
+            median = float(np.median(seconds))
+            images = int(value) if kind == "batch" else 1
+            lines.append(
+                f"| {kind} | {named[kind].format(value)} | {1e3 * median:.0f} ms | {1e3 * median / images:.0f} ms "
+                f"| {images / median:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def shares_table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"| one explanation, {found['n_steps']} steps, heatmap, mean of {found['calls']} | ms |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in found["shares_ms"].items()]
+    lines += [
+        "",
+        f"{found['mean_ms']:.0f} ms in all (p50 {found['p50_ms']:.0f}); {found['outside_gradients_ms']:.1f} ms outside "
+        f"the gradients, {found['outside_networks_ms']:.1f} ms without the classifier's forward pass.",
+    ]
+    return "\n".join(lines)
