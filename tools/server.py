@@ -32,25 +32,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import triton_options
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
+from tools.supervisor import ServerError, supervise
+from tools.triton_options import ADMIN_HEADER, server_options
 
 HOST = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
-# What a client that wants predictions does not need, and could harm others with.
-RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
-ADMIN_HEADER = "admin-key"
-
-
-class ServerError(Exception):
-    """The server cannot run; the message is one sentence that says why."""
 
 
 @dataclass(frozen=True)
-class Ports:
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
-
+class Ports(triton_options.Ports):
     @classmethod
     def from_environment(cls) -> Ports:
         """HTTP_PORT, GRPC_PORT and METRICS_PORT, or Triton's defaults."""
@@ -126,31 +118,42 @@ class EmbeddedServer:
         return {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
 
     def __enter__(self) -> EmbeddedServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it and wait until it is ready; it may be started again once it has been stopped.
+
+        Raises:
+            ServerError: it cannot start.
+        """
         self._check_ports()
         self._folder = tempfile.TemporaryDirectory(prefix="embedded-triton-")
         try:
             self._start()
             self._wait_until_ready()
         except BaseException:
-            self.stop()
+            self.stop(0)
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def stop(self, grace_seconds: float | None = None) -> None:
+        """End every process of the server and remove its shared memory.
 
-    def stop(self) -> None:
-        """Let requests in flight finish, end every process of the server and remove its shared memory."""
+        Args:
+            grace_seconds: how long requests in flight may take to finish; None: as long as the server was made for.
+        """
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(self.stop_seconds + 10)
+                self.process.wait(self.stop_seconds + 10 if grace_seconds is None else grace_seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
             self.process.wait()
-        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
-            region.unlink(missing_ok=True)
+        self.remove_shared_memory()
         self._folder.cleanup()
 
     def _check_ports(self) -> None:
@@ -165,51 +168,43 @@ class EmbeddedServer:
                     ) from None
 
     def _start(self) -> None:
-        server = wheel_folder("pytriton") / "tritonserver"
-        libraries = [str(wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
-        command = [
-            str(server / "bin" / "tritonserver"),
-            f"--model-repository={self.repository}",
-            f"--backend-directory={self._assemble_backends(server)}",
-            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
-            f"--http-address={HOST}",
-            f"--grpc-address={HOST}",
-            f"--metrics-address={HOST}",
-            f"--http-port={self.ports.http}",
-            f"--grpc-port={self.ports.grpc}",
-            f"--metrics-port={self.ports.metrics}",
-            f"--http-restricted-api={RESTRICTED_APIS}:{ADMIN_HEADER}={self._admin_key}",
-            f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={self._admin_key}",
-            "--model-control-mode=none",
-            f"--exit-timeout-secs={self.stop_seconds}",
-            *self.options,
-        ]
-        environment = {
-            # Threads of one model that spin for work take cores from the others: 5 ms of an explanation on 2 cores.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-            # The stub takes its environment from the first python3 on PATH.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
-        }
+        command, environment = self.command_line(Path(self._folder.name))
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb") as log:
+        with self.log_file.open("wb" if self.process is None else "ab") as log:
             # A session of its own: a terminal's Ctrl-C reaches this process alone, which then stops the server.
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def _assemble_backends(self, server: Path) -> Path:
-        """A backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
-        python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = server / "python_backend_stubs" / python_version / "triton_python_backend_stub"
-        if not stub.is_file():
-            raise ServerError(f"the nvidia-pytriton wheel has no stub for Python {python_version}")
-        backends = Path(self._folder.name) / "backends"
-        shutil.copytree(server / "backends" / "python", backends / "python")
-        shutil.copy(stub, backends / "python")
-        shutil.copytree(ROOT / "tools" / "pytorch_backend", backends / "pytorch")
-        return backends
+    def command_line(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        """The command that starts it and its environment; ``folder`` will hold its backends.
+
+        Raises:
+            ServerError: something is missing.
+        """
+        server = wheel_folder("pytriton") / "tritonserver"
+        libraries = [str(wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
+        command = [
+            str(server / "bin" / "tritonserver"),
+            f"--backend-directory={_assemble_backends(server, folder)}",
+            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
+            "--model-control-mode=none",
+            *server_options(self.repository, HOST, self.ports, self._admin_key, self.stop_seconds),
+            *self.options,
+        ]
+        environment = {
+            **triton_options.ENVIRONMENT,
+            **os.environ,
+            # The stub takes its environment from the first python3 on PATH.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
+        }
+        return command, environment
+
+    def remove_shared_memory(self) -> None:
+        """Remove what a server that was killed has left."""
+        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
+            region.unlink(missing_ok=True)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_seconds
@@ -256,6 +251,19 @@ def wheel_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def _assemble_backends(server: Path, folder: Path) -> Path:
+    """A backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
+    python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / python_version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise ServerError(f"the nvidia-pytriton wheel has no stub for Python {python_version}")
+    backends = folder / "backends"
+    shutil.copytree(server / "backends" / "python", backends / "python")
+    shutil.copy(stub, backends / "python")
+    shutil.copytree(ROOT / "tools" / "pytorch_backend", backends / "pytorch")
+    return backends
+
+
 def _python_library() -> Path:
     """The shared libpython that the backend's stub links against."""
     library = Path(sysconfig.get_config_var("LIBDIR")) / (sysconfig.get_config_var("INSTSONAME") or "")
@@ -285,8 +293,7 @@ def main() -> None:
             print(f"log      {server.log_file}")
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
-            code = server.process.wait()
-            sys.exit(f"server: Triton ended by itself with code {code}; see {server.log_file}")
+            supervise(server, HOST, say=lambda message: print(f"server: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:

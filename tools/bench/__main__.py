@@ -121,9 +121,10 @@ def main() -> None:
         for number, name in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}, {(time.monotonic() - started) / 60:.0f} min] {name}", flush=True)
             found[name] = measures[name]()
-    found["minutes"] = (time.monotonic() - started) / 60
-    found = rounded(found)
-    (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
+            found["minutes"] = (time.monotonic() - started) / 60
+            found = rounded(found)
+            # After each part, so that --from goes on where something failed.
+            (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
     text = report.markdown(found, report.draw(found, arguments.out))
     (arguments.out / "report.md").write_text(text)
     print(text)

@@ -15,8 +15,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,19 @@ def run(
     command += ["--profile-export-file", str(profile)]
     if model == "explain_stream":
         command += ["--streaming", "--async"]
-    libraries = wheel_folder("pytriton").parent / "nvidia_pytriton.libs"
+    with libraries() as environment:
+        return subprocess.run([*command, *options], env=environment, text=True, capture_output=quiet, check=False)
+
+
+@contextmanager
+def libraries() -> Iterator[dict[str, str]]:
+    """The environment in which perf_analyzer finds its libraries."""
+    folder = wheel_folder("pytriton").parent / "nvidia_pytriton.libs"
     with tempfile.TemporaryDirectory(prefix="perf-libraries-") as links:
         for name, beginning in LIBRARIES.items():
-            (Path(links) / name).symlink_to(next(libraries.glob(f"{beginning}*")))
+            (Path(links) / name).symlink_to(next(folder.glob(f"{beginning}*")))
         path = os.pathsep.join([links, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep)
-        environment = {**os.environ, "LD_LIBRARY_PATH": path}
-        return subprocess.run([*command, *options], env=environment, text=True, capture_output=quiet, check=False)
+        yield {**os.environ, "LD_LIBRARY_PATH": path}
 
 
 def _as_input(image: bytes) -> str:

@@ -186,10 +186,10 @@ def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.35 * len(maps)), sharey=True)
     colours = [COLOURS[2] if name.startswith("Integrated") else COLOURS[1] for name in maps]
     axes[0].barh(list(maps), [float(np.median(values["seconds"])) for values in maps.values()], color=colours)
-    axes[0].set(xscale="log", xlabel="seconds an image")
+    axes[0].set(xlabel="seconds an image")
     axes[1].barh(list(maps), [float(np.mean(values["deletion"])) for values in maps.values()], color=colours)
     axes[1].axvline(np.mean(found["maps"]["random"]["deletion"]), color="#666666", linestyle=":", label="random pixels")
-    axes[1].set(xlabel="deletion area: the lower, the more it matters what is shown")
+    axes[1].set(xlabel="deletion area: low where what is shown matters")
     axes[1].legend(frameon=False, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].tick_params(axis="y", labelsize=8)

@@ -8,6 +8,7 @@ from __future__ import annotations  # the types of pb_utils are not there yet wh
 
 import json
 import math
+import os
 import threading
 import time
 import traceback
@@ -97,10 +98,15 @@ class TritonPythonModel:
         self.predictions = ThreadPoolExecutor(predicting, "prediction")
         self.refinements = ThreadPoolExecutor(refining, "refinement")
         self.under_way, self.lock = 0, threading.Lock()
+        self.family = _counters()
+        self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
+        self.metrics = {}
 
     def finalize(self):
         self.predictions.shutdown()
         self.refinements.shutdown()
+        self.metrics.clear()  # before their family, which they must not outlive
+        self.family = None
 
     def execute(self, requests):
         for request in requests:
@@ -109,6 +115,7 @@ class TritonPythonModel:
                 is_taken = self.under_way < self.max_streams
                 self.under_way += is_taken
             if not is_taken:
+                self._count("overloaded")
                 message = f"the most streams that this server takes, {self.max_streams}, are under way"
                 _refuse(sender, pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
                 continue
@@ -136,10 +143,21 @@ class TritonPythonModel:
         """A stream is over: answered to the end, or ended by an error."""
         with self.lock:
             self.under_way -= 1
-        if isinstance(failure, StreamError):
-            _refuse(sender, failure.error)
-        elif failure is not None:
-            _refuse(sender, _internal_error(failure))
+        if failure is None:
+            self._count("explained")
+            return
+        error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
+        self._count(_outcome(error))
+        _refuse(sender, error)
+
+    def _count(self, outcome: str) -> None:
+        """Tell Triton's metrics of a stream that is over."""
+        if self.family is None:
+            return
+        with self.lock:
+            if outcome not in self.metrics:
+                self.metrics[outcome] = self.family.Metric(labels={**self.labels, "outcome": outcome})
+        self.metrics[outcome].increment(1)
 
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
         """The outputs of each response to a stream, and whether it is the last.
@@ -219,6 +237,19 @@ class TritonPythonModel:
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
+def _counters() -> pb_utils.MetricFamily | None:
+    """The counters of streams by outcome; none from a server without metrics."""
+    try:
+        return pb_utils.MetricFamily(
+            name="explain_stream_streams_total",
+            description="Streams by outcome: explained, invalid, overloaded, cancelled, failed",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+    except pb_utils.TritonModelException as error:
+        pb_utils.Logger.log_warn(f"no metrics: {error}")
+        return None
+
+
 def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
     """Another model's error with its own code, which Triton 2.51 leaves behind on the way: there all are INTERNAL."""
     if error.code() != pb_utils.TritonError.INTERNAL:
@@ -230,6 +261,16 @@ def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
         if error.message().startswith(beginnings):
             return pb_utils.TritonError(error.message(), code)
     return error
+
+
+def _outcome(error: pb_utils.TritonError) -> str:
+    """What the metrics call it."""
+    names = {
+        pb_utils.TritonError.INVALID_ARG: "invalid",
+        pb_utils.TritonError.UNAVAILABLE: "overloaded",
+        pb_utils.TritonError.CANCELLED: "cancelled",
+    }
+    return names.get(error.code(), "failed")
 
 
 def _refusal(message: str) -> StreamError:

@@ -9,6 +9,7 @@ sum of a path's gradients only. README.md beside this folder derives it.
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 import threading
 import time
@@ -28,6 +29,8 @@ from path_density import PathDensity
 from path_quadrature import place_points, quadrature
 from path_rules import LEAST_STEPS, FixedRule, LadderRule, RefinedRule
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Of the sum of absolute attributions: a completeness gap is measured against no smaller change of the output.
 LEAST_CHANGE = 0.1
@@ -472,15 +475,30 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         schedule.end(path)
 
     def _run_chunk(self, chunk: list[tuple[_Path, slice]]) -> None:
-        """Take the gradients of some paths' next rows; the slices are their places among the rows of the pass."""
+        """Take the gradients of some paths' next rows; the slices are their places among the rows of the pass.
+
+        Where a device has no memory for them, for once, half of them are taken; the others come later.
+        """
         self._enter([path for path, _ in chunk if path.start is None])
         started = time.monotonic()
-        first, last = chunk[0][0], chunk[-1][1]
+        first = chunk[0][0]
         buffers = self.passes.buffers(first.start.features, first.image.dtype)
-        for path, rows in chunk:
-            path.fill(buffers[rows])
         any_paired = any(path.rule.overlap for path, _ in chunk)
-        gradients = self.passes.gradients(buffers, last.stop, any_paired)
+        while True:
+            last = chunk[-1][1]
+            for path, rows in chunk:
+                path.fill(buffers[rows])
+            try:
+                gradients = self.passes.gradients(buffers, last.stop, any_paired)
+                break
+            except torch.OutOfMemoryError:
+                smaller = _half(chunk)
+                if smaller is None:
+                    raise
+                logger.warning("no memory for %d rows: half of them are taken now", last.stop)
+                chunk = smaller
+                if first.image.device.type == "cuda":
+                    torch.cuda.empty_cache()
         for path, rows in chunk:
             path.add(gradients[rows])
         self.rows_passed += last.stop
@@ -630,6 +648,14 @@ class _Schedule:
             chunk.append((path, slice(count, count + rows)))
             count += rows
         return chunk
+
+
+def _half(chunk: list[tuple[_Path, slice]]) -> list[tuple[_Path, slice]] | None:
+    """The first half of a chunk's rows; None where they are as few as they can be."""
+    room = chunk[-1][1].stop // 2
+    half = [(path, slice(rows.start, min(rows.stop, room))) for path, rows in chunk if rows.start < room]
+    half = [(path, rows) for path, rows in half if rows.stop - rows.start > path.rule.overlap]
+    return half or None
 
 
 def _mean(parts: list[Explanation]) -> Explanation:

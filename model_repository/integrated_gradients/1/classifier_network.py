@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from path_quadrature import quadrature
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # float16 underflows below 6e-8, and gradients with respect to early features get that small.
 FLOAT16_GRADIENT_SCALE = 64.0
@@ -197,11 +200,20 @@ class CapturedPasses(EagerPasses):
         self._counts = sorted(eighths | {count for count in USUAL_ROW_COUNTS if count < max_rows})
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
+        self._captures = True
 
     def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:
         padded = next(each for each in self._counts if each >= count)
+        if self._captures and (padded, any_paired) not in self._graphs:
+            try:
+                self._graphs[padded, any_paired] = self._capture(rows[:padded], any_paired)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._captures = False
+                logger.warning("no CUDA graphs, passes are launched one by one from now on: %s", error)
         if (padded, any_paired) not in self._graphs:
-            self._graphs[padded, any_paired] = self._capture(rows[:padded], any_paired)
+            return super().gradients(rows, count, any_paired)
         rows.signs[count:padded].zero_()
         rows.paired[count:padded].zero_()
         graph, gradients = self._graphs[padded, any_paired]

@@ -98,6 +98,8 @@ class TritonPythonModel:
         mean, std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
         self.baselines = Baselines(mean, std)
 
+        # Where an MPS daemon runs on the GPU; read when CUDA starts.
+        os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
         # The very file that the classifier serves: same repository, same version.

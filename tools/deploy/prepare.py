@@ -1,0 +1,35 @@
+"""Fill a model repository that Triton will mount read-only: ``python3 -m tools.deploy.prepare``.
+
+Copies this repository's `model_repository` to MODEL_REPOSITORY and exports the classifier that WEIGHTS names there:
+``shapes``, ``imagenet`` (downloaded by torchvision), or the path of a checkpoint, then of the architecture ARCH with
+the class names in LABELS. What is there of another classifier is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tools.export import ExportError, export, load_source
+from tools.paths import MODEL_REPOSITORY
+
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "model.pt", "manifest.json", "path_density.json", "labels.txt")
+
+
+def main() -> None:
+    repository = Path(os.environ.get("MODEL_REPOSITORY") or "/models")
+    weights = os.environ.get("WEIGHTS") or "shapes"
+    labels = os.environ.get("LABELS")
+    try:
+        source = load_source(weights, os.environ.get("ARCH") or "resnet18", Path(labels) if labels else None)
+        shutil.copytree(MODEL_REPOSITORY, repository, ignore=LEFT_OUT, dirs_exist_ok=True)
+        export(source, repository)
+    except (ExportError, OSError) as error:
+        sys.exit(f"prepare: {error}")
+    print(f"{repository} serves {weights}")
+
+
+if __name__ == "__main__":
+    main()

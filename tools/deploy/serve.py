@@ -1,0 +1,97 @@
+"""The container's entry point: ``python3 -m tools.deploy.serve`` becomes Triton.
+
+Settings come from the environment: MODEL_REPOSITORY (/models), MODELS (all, or classify alone), HOST (0.0.0.0),
+HTTP_PORT, GRPC_PORT, METRICS_PORT (8000, 8001, 8002), STOP_SECONDS (30), ADMIN_KEY or ADMIN_KEY_FILE. Arguments are
+further options of ``tritonserver``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tools.triton_options import ENVIRONMENT, Ports, server_options
+
+# What answers predictions alone, for a server that shall not explain.
+CLASSIFYING = ("preprocess", "classifier", "classify")
+
+
+class SettingError(ValueError):
+    """A setting that cannot be; the message names it."""
+
+
+def command(settings: Mapping[str, str]) -> list[str]:
+    """The command line of Triton that an environment asks for.
+
+    Raises:
+        SettingError: it asks for what cannot be.
+    """
+    repository = Path(settings.get("MODEL_REPOSITORY") or "/models")
+    if not (repository / "classifier" / "1" / "model.pt").is_file():
+        raise SettingError(f"{repository} has no exported classifier; python3 -m tools.deploy.prepare writes it")
+    models = settings.get("MODELS") or "all"
+    if models not in ("all", "classify"):
+        raise SettingError(f"MODELS must be all or classify, not {models!r}")
+    chosen = ["--model-control-mode=none"]
+    if models == "classify":
+        chosen = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in CLASSIFYING)]
+    host = settings.get("HOST") or "0.0.0.0"
+    options = server_options(repository, host, ports(settings), _admin_key(settings), stop_seconds(settings))
+    return ["tritonserver", *chosen, *options]
+
+
+def stop_seconds(settings: Mapping[str, str]) -> int:
+    """How long requests in flight may take to finish when Triton stops.
+
+    Raises:
+        SettingError: it is no number.
+    """
+    return _number(settings, "STOP_SECONDS", 30)
+
+
+def ports(settings: Mapping[str, str]) -> Ports:
+    """Where to listen.
+
+    Raises:
+        SettingError: a port is no number.
+    """
+    default = Ports()
+    return Ports(
+        _number(settings, "HTTP_PORT", default.http),
+        _number(settings, "GRPC_PORT", default.grpc),
+        _number(settings, "METRICS_PORT", default.metrics),
+    )
+
+
+def _number(settings: Mapping[str, str], name: str, default: int) -> int:
+    value = settings.get(name) or str(default)
+    if not value.isdecimal():
+        raise SettingError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _admin_key(settings: Mapping[str, str]) -> str:
+    """The operator's key; without one a random key that nobody knows keeps the restricted APIs shut."""
+    if file := settings.get("ADMIN_KEY_FILE"):
+        try:
+            return Path(file).read_text().strip()
+        except OSError as error:
+            raise SettingError(f"ADMIN_KEY_FILE: {error}") from None
+    return settings.get("ADMIN_KEY") or secrets.token_urlsafe(32)
+
+
+def main() -> None:
+    try:
+        words = command(os.environ)
+    except SettingError as error:
+        sys.exit(f"serve: {error}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.execvp(words[0], [*words, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Keeps a server answering: probes it with real requests, and starts it anew when it ended, failed or hangs.
+
+Triton 2.51 stays "ready" when a model's process dies (until 26.01), and nothing in it notices one that hangs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from tools.probe import ProbeError, probe_patiently
+from tools.triton_options import Ports
+
+
+class ServerError(Exception):
+    """The server cannot run; the message is one sentence that says why."""
+
+
+class Server(Protocol):
+    """A server that can be started more than once."""
+
+    ports: Ports
+    process: subprocess.Popen
+
+    def start(self) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            ServerError: it cannot start.
+        """
+
+    def stop(self, grace_seconds: float | None = None) -> None:
+        """Stop it; requests in flight have that long to finish, by default as long as the server was made for."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How closely to look, in seconds.
+
+    A request may keep one of the models busy for 8 s (100 million pixels to decode), so two probes in a row must fail.
+    """
+
+    interval: float = 3.0
+    probe_seconds: float = 5.0
+    # What still runs when one of its models is gone may finish that soon.
+    grace: float = 3.0
+    # Pauses before further starts double from the first to the longest; so many starts within the window are enough.
+    first_pause: float = 1.0
+    longest_pause: float = 30.0
+    most_restarts: int = 6
+    window: float = 600.0
+
+
+def supervise(
+    server: Server, host: str, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None
+) -> None:
+    """Watch a server that runs; returns never.
+
+    Args:
+        server: started.
+        host: where it listens.
+        watch: how closely to look.
+        say: called with a sentence about each restart.
+
+    Raises:
+        ServerError: it had to be started too often.
+    """
+    restarts: deque[float] = deque()
+    while True:
+        reason = trouble(server, host, watch)
+        server.stop(watch.grace)
+        while True:
+            now = time.monotonic()
+            restarts.append(now)
+            while restarts[0] < now - watch.window:
+                restarts.popleft()
+            if len(restarts) > watch.most_restarts:
+                raise ServerError(
+                    f"gave up after {watch.most_restarts} restarts within {watch.window:g} s; the last time: {reason}"
+                )
+            pause = min(watch.first_pause * 2 ** (len(restarts) - 1), watch.longest_pause)
+            say(f"{reason}; restart {len(restarts)} of at most {watch.most_restarts} in {pause:g} s")
+            time.sleep(pause)
+            try:
+                server.start()
+                say("ready again")
+                break
+            except ServerError as failure:
+                reason = str(failure)
+
+
+def trouble(server: Server, host: str, watch: Watch) -> str:
+    """Wait until something is wrong with a server, and say what."""
+    failures = 0
+    while True:
+        try:
+            code = server.process.wait(1.0 if failures else watch.interval)
+            return f"Triton ended with code {code}"
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            probe_patiently(host, server.ports.http, server.ports.metrics, watch.probe_seconds)
+            failures = 0
+        except ProbeError as failure:
+            failures += 1
+            if failures == 2 and server.process.poll() is None:
+                return str(failure)

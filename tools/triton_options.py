@@ -1,0 +1,51 @@
+"""How Triton is started: the options that the embedded server and the container share.
+
+What differs between the two is where the binary and its backends lie (`tools/server.py`), and where it listens and what
+it loads (`tools/deploy/serve.py`). Model configurations are the same files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a client that wants predictions does not need, and could harm others with.
+RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
+ADMIN_HEADER = "admin-key"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens; Triton's own defaults."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+def server_options(repository: Path, host: str, ports: Ports, admin_key: str, stop_seconds: int) -> list[str]:
+    """Options of ``tritonserver``.
+
+    Args:
+        repository: the model repository.
+        host: address to listen on.
+        ports: where to listen there.
+        admin_key: what opens the restricted APIs, sent as the header ``admin-key``.
+        stop_seconds: how long requests in flight may take to finish when it stops.
+    """
+    return [
+        f"--model-repository={repository}",
+        f"--http-address={host}",
+        f"--grpc-address={host}",
+        f"--metrics-address={host}",
+        f"--http-port={ports.http}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-port={ports.metrics}",
+        f"--http-restricted-api={RESTRICTED_APIS}:{ADMIN_HEADER}={admin_key}",
+        f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={admin_key}",
+        f"--exit-timeout-secs={stop_seconds}",
+    ]
+
+
+# Threads of one model that spin for work take cores from the others: 5 ms of an explanation on 2 cores.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
