@@ -115,6 +115,25 @@ def test_noise_samples_that_there_is_no_time_for_are_left_out(engine, fake_time)
     assert 3 <= found.n_steps < 150
 
 
+def test_noise_samples_of_an_answered_job_are_not_answered_for_again(engine, fake_time):
+    answered = []
+    late = job(fake_time, 300, nt_samples=50, stdevs=0.1, is_cancelled=lambda: bool(answered))
+    beside = job(fake_time, None, 1, n_steps=100)
+    for done, _ in engine.explain_as_done([late, beside]):
+        answered.append(done is late)
+    assert sorted(answered) == [False, True]
+
+
+def test_a_far_deadline_does_not_go_before_others(engine, fake_time):
+    fake_time.seconds_per_row = 0.05
+    for clock in engine._clocks.values():
+        clock.record(8, 8 * fake_time.seconds_per_row)
+    far, near, short = job(fake_time, 5000), job(fake_time, 1000, 1), job(fake_time, None, 2, n_steps=12)
+    names = {id(far): "far", id(near): "near", id(short): "short"}
+    order = [names[id(done)] for done, _ in engine.explain_as_done([far, near, short])]
+    assert order == ["near", "short", "far"]
+
+
 def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
     engine = IntegratedGradients(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5))))
     assert not engine.network.has_mean_slopes

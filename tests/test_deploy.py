@@ -24,7 +24,7 @@ from test_streaming import Stream
 from tools.bench.perf import libraries
 from tools.deploy.serve import SettingError, command
 from tools.paths import MODEL_REPOSITORY, ROOT
-from tools.probe import ProbeError, probe
+from tools.probe import CHAINS, ProbeError, _hanging, probe, probe_patiently
 from tools.server import EmbeddedServer, Ports
 from tools.triton_options import server_options
 
@@ -253,6 +253,41 @@ def test_the_containers_entry_point_serves_predictions_alone_and_stops_in_order(
     finally:
         process.terminate()
         assert process.wait(60) == 0
+
+
+def chain(**changes) -> dict[str, tuple[int, int]]:
+    return {name: changes.get(name, (5, 0)) for name in CHAINS["explain"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_stuck", "hanging"),
+    [
+        # a request stuck in a model that does nothing
+        ({}, {"preprocess": (6, 0), "classifier": (6, 0)}, True, "integrated_gradients"),
+        # gradients wait and none is taken, whatever waits elsewhere and whether or not the probe was refused
+        (
+            {"integrated_gradients": (5, 3)},
+            {"preprocess": (9, 4), "integrated_gradients": (5, 4)},
+            True,
+            "integrated_gradients",
+        ),
+        ({"integrated_gradients": (5, 3)}, {"integrated_gradients": (5, 4)}, False, "integrated_gradients"),
+        # much waits and it goes on
+        ({}, {"preprocess": (9, 40)}, True, None),
+        ({"integrated_gradients": (5, 3)}, {"integrated_gradients": (9, 4)}, False, None),
+        # all have done something and nothing waits: the answer was late
+        ({}, {name: (6, 0) for name in CHAINS["explain"]}, True, None),
+    ],
+)
+def test_a_server_that_has_much_to_do_is_told_from_one_that_hangs(before, after, is_stuck, hanging):
+    assert _hanging(chain(**before), chain(**after), is_stuck) == hanging
+
+
+def test_the_probe_asks_all_models(server):
+    probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics)
+    probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics, "classify")
+    with pytest.raises(ProbeError, match="does not answer"):
+        probe("127.0.0.1", 1)
 
 
 @needs("promtool")

@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import sys
+import time
 
 # A PNG of 8 x 8 grey pixels.
 IMAGE = base64.b64decode(
@@ -21,12 +22,19 @@ IMAGE = base64.b64decode(
 )
 # What is asked of each model, and one of its outputs that only the whole chain makes.
 MODELS = {"explain": ("HEATMAP", {"n_steps": 1}), "classify": ("PROBABILITIES", {})}
-
-
-# The models that a request for an explanation passes, in order.
-CHAIN = ("preprocess", "classifier", "integrated_gradients", "heatmap")
-DONE = ("nv_inference_request_success", "nv_inference_request_failure")
-PENDING = ("nv_inference_pending_request_count",)
+# The models that such a request passes, in order.
+CHAINS = {
+    "explain": ("preprocess", "classifier", "integrated_gradients", "heatmap"),
+    "classify": ("preprocess", "classifier"),
+}
+# How `explain` answers when it has too much to do, and `explain_stream` then, and to what is no image.
+OVERLOADED = "is overloaded"
+STREAM_ANSWERS = ("IMAGE ", "the most streams ")
+# What counts as going on, beside answers: Triton counts those of `preprocess` by the batch, and of
+# `integrated_gradients` before they are there.
+DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
+GRADIENTS_DONE = ("integrated_gradients_rows_total",)
+PENDING = ("nv_inference_pending_request_count", "integrated_gradients_waiting_images")
 
 
 class ProbeError(Exception):
@@ -35,6 +43,10 @@ class ProbeError(Exception):
 
 class NoAnswerError(ProbeError):
     """There was none in time."""
+
+
+class OverloadedError(ProbeError):
+    """It says that it has too much to do."""
 
 
 def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) -> None:
@@ -48,7 +60,8 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
 
     Raises:
         NoAnswerError: it did not answer in time.
-        ProbeError: it answered with an error, or cannot be reached.
+        OverloadedError: it has too much to do.
+        ProbeError: it answered with another error, or cannot be reached.
     """
     output, parameters = MODELS[model]
     image = struct.pack("<I", len(IMAGE)) + IMAGE
@@ -69,37 +82,78 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
         raise ProbeError(f"{host}:{port} does not answer: {error!r}") from None
     finally:
         connection.close()
+    if answer.status == 503 and OVERLOADED.encode() in body:
+        raise OverloadedError(f"{model} {OVERLOADED}")
     if answer.status != 200:
         raise ProbeError(f"{model} answers {answer.status}: {body[:300].decode(errors='replace')}")
 
 
-def probe_patiently(host: str, port: int, metrics_port: int, seconds: float = 5.0) -> None:
-    """Ask `explain` for an answer; where there is none in time, tell a server with too much to do from one that hangs.
+def probe_patiently(host: str, port: int, metrics_port: int, model: str = "explain", seconds: float = 5.0) -> None:
+    """Ask for answers; where there is none in time, tell a server with too much to do from one that hangs.
 
     Raises:
         ProbeError: it cannot be reached, answers with an error, or one of its models does not go on.
     """
-    before = _counts(host, metrics_port, seconds)
+    started, before = time.monotonic(), _counts(host, metrics_port, model, seconds)
     try:
-        probe(host, port, "explain", seconds)
-    except NoAnswerError as failure:
-        if hanging := _hanging(before, _counts(host, metrics_port, seconds)):
+        probe(host, port, model, seconds)
+    except (NoAnswerError, OverloadedError) as failure:
+        time.sleep(max(0.0, started + seconds - time.monotonic()))  # in which something must have gone on
+        after = _counts(host, metrics_port, model, seconds)
+        if hanging := _hanging(before, after, isinstance(failure, NoAnswerError)):
             raise ProbeError(f"{failure}; {hanging} does not go on") from None
+        return
+    if model == "explain":
+        probe_stream(host, port, seconds)
 
 
-def _hanging(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> str | None:
-    """The model that a request must be stuck in, by what was done and was pending at each before and after it."""
-    for model in CHAIN:
-        done, pending = after[model]
+def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
+    """See that `explain_stream` answers, by a request that it must refuse: its image is no image.
+
+    Raises:
+        NoAnswerError: it did not answer in time.
+        ProbeError: it answered something else, or cannot be reached.
+    """
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
+    try:
+        connection.request("POST", "/v2/models/explain_stream/generate_stream", json.dumps({"IMAGE": "no image"}))
+        body = connection.getresponse().read().decode(errors="replace")
+    except TimeoutError:
+        raise NoAnswerError(f"explain_stream did not answer in {seconds:g} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ProbeError(f"{host}:{port} does not answer: {error!r}") from None
+    finally:
+        connection.close()
+    if not any(beginning in body for beginning in STREAM_ANSWERS):
+        raise ProbeError(f"explain_stream answers {body[:300]}")
+
+
+Counts = dict[str, "tuple[int, int]"]
+
+
+def _hanging(before: Counts, after: Counts, is_stuck: bool) -> str | None:
+    """The model that does not go on, by what each had done and had waiting before and after.
+
+    Args:
+        before: model -> done, waiting; in the order of the chain.
+        after: the same, seconds later.
+        is_stuck: whether a request was sent before and has not been answered.
+    """
+    for model, (done, waiting) in after.items():
+        if done == before[model][0] and waiting and before[model][1]:
+            return model
+    if not is_stuck:
+        return None
+    for model, (done, waiting) in after.items():
+        if waiting:
+            return None  # it may be waiting here, where things go on
         if done == before[model][0]:
             return model
-        if pending:
-            return None  # it may be waiting here, where things go on
     return None
 
 
-def _counts(host: str, port: int, seconds: float) -> dict[str, tuple[int, int]]:
-    """For each model of the chain, how many requests it has done and how many wait for it."""
+def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
+    """For each model of a chain, how much it has done and how much waits for it."""
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request("GET", "/metrics")
@@ -108,12 +162,15 @@ def _counts(host: str, port: int, seconds: float) -> dict[str, tuple[int, int]]:
         raise ProbeError(f"{host}:{port} gives no metrics: {error!r}") from None
     finally:
         connection.close()
-    found = dict.fromkeys(CHAIN, (0, 0))
-    for name, labels, value in re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        model = next((model for model in CHAIN if f'model="{model}"' in labels), None)
-        if model is not None:
-            done, pending = found[model]
-            found[model] = done + (name in DONE) * int(float(value)), pending + (name in PENDING) * int(float(value))
+    found = {}
+    series = re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    for each in CHAINS[model]:
+        done_names = GRADIENTS_DONE if each == "integrated_gradients" else DONE
+        own = [(name, value) for name, labels, value in series if f'model="{each}"' in labels or name.startswith(each)]
+        found[each] = (
+            sum(int(float(value)) for name, value in own if name in done_names),
+            sum(int(float(value)) for name, value in own if name in PENDING),
+        )
     return found
 
 
@@ -128,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.patient:
-            probe_patiently(arguments.host, arguments.port, arguments.metrics_port, arguments.seconds)
+            probe_patiently(arguments.host, arguments.port, arguments.metrics_port, arguments.model, arguments.seconds)
         else:
             probe(arguments.host, arguments.port, arguments.model, arguments.seconds)
     except ProbeError as error:

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tools import triton_options
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.supervisor import ServerError, supervise
+from tools.supervisor import ServerError, Watch, supervise
 from tools.triton_options import ADMIN_HEADER, server_options
 
 HOST = "127.0.0.1"
@@ -203,7 +203,10 @@ class EmbeddedServer:
 
     def remove_shared_memory(self) -> None:
         """Remove what a server that was killed has left."""
-        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
+        left = [*SHARED_MEMORY.glob(f"{self.region_prefix}*")]
+        if self.process is not None:
+            left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice")
+        for region in left:
             region.unlink(missing_ok=True)
 
     def _wait_until_ready(self) -> None:
@@ -278,6 +281,7 @@ def _python_library() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.server", description=__doc__.splitlines()[0])
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
+    parser.add_argument("--most-restarts", type=int, default=Watch().most_restarts, help="within ten minutes")
     arguments = parser.parse_args()
     from tools.export import ensure_exported  # needs torch, which takes seconds to import
 
@@ -293,7 +297,8 @@ def main() -> None:
             print(f"log      {server.log_file}")
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
-            supervise(server, HOST, say=lambda message: print(f"server: {message}", flush=True))
+            watch = Watch(most_restarts=arguments.most_restarts)
+            supervise(server, HOST, watch, say=lambda message: print(f"server: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:

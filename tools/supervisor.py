@@ -41,7 +41,7 @@ class Server(Protocol):
 class Watch:
     """How closely to look, in seconds.
 
-    A request may keep one of the models busy for 8 s (100 million pixels to decode), so two probes in a row must fail.
+    One image may take 4 s to decode, so two probes in a row must fail.
     """
 
     interval: float = 3.0
@@ -103,7 +103,7 @@ def trouble(server: Server, host: str, watch: Watch) -> str:
         except subprocess.TimeoutExpired:
             pass
         try:
-            probe_patiently(host, server.ports.http, server.ports.metrics, watch.probe_seconds)
+            probe_patiently(host, server.ports.http, server.ports.metrics, seconds=watch.probe_seconds)
             failures = 0
         except ProbeError as failure:
             failures += 1

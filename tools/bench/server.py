@@ -106,10 +106,11 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._is_over.wait(0.5):
-            self.peak_mb = max(self.peak_mb, sum(map(_own_mb, _session(self._process))))
+            self.peak_mb = max(self.peak_mb, sum(map(own_mb, session(self._process))))
 
 
-def _session(leader: int) -> Iterator[int]:
+def session(leader: int) -> Iterator[int]:
+    """The processes of a session."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[3]) == leader:
@@ -118,7 +119,8 @@ def _session(leader: int) -> Iterator[int]:
             continue  # it ended meanwhile
 
 
-def _own_mb(process: int) -> float:
+def own_mb(process: int) -> float:
+    """Memory that is no mapped file, as `MemoryWatch` counts it."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
+from pathlib import Path
 
 from tools.deploy.serve import SettingError, command, ports, stop_seconds
 from tools.supervisor import ServerError, supervise
@@ -20,6 +22,7 @@ from tools.triton_options import ENVIRONMENT, Ports
 
 START_SECONDS = 300.0
 HOST = "127.0.0.1"
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class ContainerServer:
@@ -33,9 +36,11 @@ class ContainerServer:
 
     def __init__(self, words: list[str], ports: Ports, stop_seconds: float) -> None:
         self.words, self.ports, self.stop_seconds = words, ports, stop_seconds
+        self._region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.words, env={**ENVIRONMENT, **os.environ}, start_new_session=True)
+        words = [*self.words, f"--backend-config=python,shm-region-prefix-name={self._region_prefix}"]
+        self.process = subprocess.Popen(words, env={**ENVIRONMENT, **os.environ}, start_new_session=True)
         until = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self.process.poll() is not None:
@@ -54,6 +59,10 @@ class ContainerServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
         self.process.wait()
+        # What a killed process has left, which the container would keep.
+        left = [*SHARED_MEMORY.glob(f"{self._region_prefix}*")]
+        for region in (*left, SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice"):
+            region.unlink(missing_ok=True)
 
     def _is_ready(self) -> bool:
         try:

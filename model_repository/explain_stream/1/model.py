@@ -115,9 +115,9 @@ class TritonPythonModel:
                 is_taken = self.under_way < self.max_streams
                 self.under_way += is_taken
             if not is_taken:
-                self._count("overloaded")
                 message = f"the most streams that this server takes, {self.max_streams}, are under way"
                 _refuse(sender, pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+                self._count("overloaded")
                 continue
             try:
                 stream = _Stream(request, sender, self.max_bytes)
@@ -143,12 +143,12 @@ class TritonPythonModel:
         """A stream is over: answered to the end, or ended by an error."""
         with self.lock:
             self.under_way -= 1
-        if failure is None:
-            self._count("explained")
-            return
-        error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
-        self._count(_outcome(error))
-        _refuse(sender, error)
+        outcome = "explained"
+        if failure is not None:
+            error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
+            outcome = _outcome(error)
+            _refuse(sender, error)
+        self._count(outcome)
 
     def _count(self, outcome: str) -> None:
         """Tell Triton's metrics of a stream that is over."""
@@ -242,7 +242,7 @@ def _counters() -> pb_utils.MetricFamily | None:
     try:
         return pb_utils.MetricFamily(
             name="explain_stream_streams_total",
-            description="Streams by outcome: explained, invalid, overloaded, cancelled, failed",
+            description="Streams by outcome: explained, invalid, overloaded, late, cancelled, failed",
             kind=pb_utils.MetricFamily.COUNTER,
         )
     except pb_utils.TritonModelException as error:
@@ -265,6 +265,8 @@ def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
 
 def _outcome(error: pb_utils.TritonError) -> str:
     """What the metrics call it."""
+    if error.message().startswith("the request's timeout "):
+        return "late"
     names = {
         pb_utils.TritonError.INVALID_ARG: "invalid",
         pb_utils.TritonError.UNAVAILABLE: "overloaded",

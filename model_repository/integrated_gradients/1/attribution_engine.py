@@ -8,7 +8,6 @@ sum of a path's gradients only. README.md beside this folder derives it.
 
 from __future__ import annotations
 
-import bisect
 import logging
 import math
 import threading
@@ -41,6 +40,8 @@ USUAL_ROWS = 8
 # A job is due when so many times its own rows have been passed since it came. So a short one overtakes long ones, and a
 # long one is overtaken by those alone that come before it is due.
 PATIENCE = 10
+# Before all others go those whose deadline is so near.
+URGENT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class Explanation:
     attributions minus (F(image) - F(baseline)), a mean over noise samples; ``n_steps`` counts gradient evaluations;
     ``error_estimate`` is the estimated relative L2 error, NaN without a tolerance or deadline and a mean over noise
     samples; ``weight_sum`` is the sum of the quadrature's weights, of a part less than 1, and its delta is to as much
-    of the change; ``seconds`` is from its first rows to its last, whatever else was passed between (of a GPU's work,
-    what the CPU sees of it).
+    of the change; ``started``, by ``time.monotonic``, is when its first rows came up, and ``seconds`` from there to its
+    last, whatever else was passed between (of a GPU's work, what the CPU sees of it).
     """
 
     attributions: Tensor
@@ -107,6 +108,7 @@ class Explanation:
     n_steps: int
     error_estimate: float = math.nan
     weight_sum: float = 1.0
+    started: float = math.nan
     seconds: float = 0.0
 
 
@@ -133,12 +135,25 @@ class _Task:
         self.job = job
         self.samples_left = job.nt_samples
         self.paths = 0  # under way
+        self.rows_spent = 0
         self.found: list[Explanation] = []
         self._started = math.nan
-        # The first deadline first; of the rest the first due.
-        deadline = math.inf if job.deadline is None else job.deadline
-        self.due = (deadline, rows_before + PATIENCE * _expected_rows(job))
+        self._rows_before = rows_before
         self._generator: torch.Generator | None = None
+
+    @property
+    def due(self) -> tuple[float, float]:
+        """Ascending: the nearest deadline first, then what is due by the rows that have been passed since it came.
+
+        What takes more than was expected falls back as it does.
+        """
+        by_rows = self._rows_before + PATIENCE * max(expected_rows(self.job), self.rows_spent)
+        return (self.job.deadline if self.is_urgent else math.inf), by_rows
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its deadline is near, or over."""
+        return self.job.deadline is not None and time.monotonic() > self.job.deadline - URGENT_SECONDS
 
     @property
     def is_over(self) -> bool:
@@ -155,7 +170,7 @@ class _Task:
     @property
     def rows_left(self) -> int:
         """Rows of what is not drawn yet, as far as that is known."""
-        return _expected_rows(self.job) * self.samples_left // self.job.nt_samples
+        return expected_rows(self.job) * self.samples_left // self.job.nt_samples
 
     def is_given_up(self) -> bool:
         """Whether nobody waits for it any more, or it has waited too long itself."""
@@ -175,7 +190,9 @@ class _Task:
 
     def result(self) -> Explanation | None:
         """The explanation, once it is over: of those noise samples that there was time for."""
-        return replace(_mean(self.found), seconds=time.monotonic() - self._started) if self.found else None
+        if not self.found:
+            return None
+        return replace(_mean(self.found), started=self._started, seconds=time.monotonic() - self._started)
 
 
 class _Path:
@@ -501,6 +518,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                     torch.cuda.empty_cache()
         for path, rows in chunk:
             path.add(gradients[rows])
+            path.task.rows_spent += rows.stop - rows.start
         self.rows_passed += last.stop
         self.chunks_passed[last.stop] += 1
         on_gpu = first.image.device.type == "cuda"
@@ -580,7 +598,12 @@ class _Schedule:
         self._over: list[_Task] = []
 
     def add(self, task: _Task) -> None:
-        bisect.insort(self.waiting, task, key=lambda each: each.due)
+        self.waiting.append(task)
+
+    def sort(self) -> None:
+        """Bring all in the order in which they are due now."""
+        self.waiting = sorted((task for task in self.waiting if task.samples_left), key=lambda task: task.due)
+        self.under_way.sort(key=lambda path: path.task.due)
 
     @property
     def in_a_hurry(self) -> int:
@@ -595,7 +618,8 @@ class _Schedule:
 
     def drop_given_up(self) -> list[_Task]:
         """Leave out the tasks that nobody waits for, and return them."""
-        tasks = {id(task): task for task in (*self.waiting, *(path.task for path in self.under_way))}
+        waiting = (task for task in self.waiting if task.samples_left)  # the others may be over
+        tasks = {id(task): task for task in (*waiting, *(path.task for path in self.under_way))}
         given_up = {key: task for key, task in tasks.items() if task.is_given_up()}
         if given_up:
             self.waiting = [task for task in self.waiting if id(task) not in given_up]
@@ -606,17 +630,19 @@ class _Schedule:
         """The task whose next image's rows come up in the next chunk.
 
         Noisy images are drawn so late, and paths that others overtake are so few, for their memory's sake: there are
-        never more paths than two chunks have rows.
+        never more paths than two chunks have rows, or four of those in a hurry.
         """
-        self.waiting = [task for task in self.waiting if task.samples_left]
-        if not self.waiting or len(self.under_way) >= 2 * self.limit:
+        self.sort()
+        if not self.waiting:
             return None
         task = self.waiting[0]
+        if len(self.under_way) >= (4 if task.is_urgent else 2) * self.limit:
+            return None
         rows_before = sum(path.rows_left for path in self.under_way if path.task.due <= task.due)
         return task if rows_before < self.limit else None
 
     def begin(self, path: _Path) -> None:
-        bisect.insort(self.under_way, path, key=lambda each: each.task.due)
+        self.under_way.append(path)
 
     def end(self, path: _Path) -> None:
         self.under_way.remove(path)
@@ -671,7 +697,7 @@ def _mean(parts: list[Explanation]) -> Explanation:
     return Explanation(attributions, delta, sum(part.n_steps for part in parts), estimate, parts[0].weight_sum)
 
 
-def _expected_rows(job: Job) -> int:
+def expected_rows(job: Job) -> int:
     """Rows that a job is going to take, as far as that is known."""
     return job.nt_samples * (USUAL_ROWS if job.refines else math.ceil(job.n_steps / job.parts))
 

@@ -28,7 +28,7 @@ DESCRIPTIONS = {
     "rows_total": "Gradients taken: images at one point of their path",
     "chunks_total": "Forward and backward passes",
     "explanations_total": "Images explained, by method",
-    "requests_total": "Requests by outcome: explained, invalid, overloaded, late, cancelled, failed",
+    "requests_total": "Requests by outcome",
     "waiting_images": "Images that wait for gradients or get them",
     "steps": "Gradients spent on an image",
     "chunk_fill": "Rows of a pass as a share of the most",
@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "wait_seconds": "From a request's arrival to its first gradient",
     "compute_seconds": "From an image's first gradient to its explanation",
 }
+OUTCOMES = ("explained", "invalid", "overloaded", "late", "cancelled", "failed")
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -48,6 +49,7 @@ class AttributionMetrics:
             ``pb_utils.MetricFamily``, or None where the server takes no metrics.
         labels: of all metrics, told apart by process.
         waiting: how many images are there now.
+        before_flush: called before what has come is handed on.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class AttributionMetrics:
         make_family: Callable[[str, str, bool], Any | None],
         labels: Mapping[str, str],
         waiting: Callable[[], int],
+        before_flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._make_family, self._labels, self._waiting = make_family, dict(labels), waiting
+        self._before_flush = before_flush
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, Labels]] = Counter()
         self._families: dict[str, Any] = {}
@@ -64,6 +68,8 @@ class AttributionMetrics:
         self._is_over = threading.Event()
         for name in ("rows_total", "chunks_total"):
             self.count(name, 0)
+        for outcome in OUTCOMES:  # the first failure must be seen as one more than none
+            self.count("requests_total", 0, outcome=outcome)
         self._thread = threading.Thread(target=self._flush_now_and_then, name="metrics", daemon=True)
         self._thread.start()
 
@@ -93,6 +99,7 @@ class AttributionMetrics:
 
     def flush(self) -> None:
         """Hand on what has come since the last time."""
+        self._before_flush()
         with self._lock:
             counts, self._counts = self._counts, Counter()
         for (name, labels), more in counts.items():

@@ -209,7 +209,7 @@ class CapturedPasses(EagerPasses):
                 self._graphs[padded, any_paired] = self._capture(rows[:padded], any_paired)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except RuntimeError as error:  # of a device that is broken the pass below says so, too
                 self._captures = False
                 logger.warning("no CUDA graphs, passes are launched one by one from now on: %s", error)
         if (padded, any_paired) not in self._graphs:
@@ -228,7 +228,8 @@ class CapturedPasses(EagerPasses):
                 self._network.row_gradients(rows, any_paired)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may place their tensors on the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             gradients = self._network.row_gradients(rows, any_paired)
         self._pool = graph.pool()
         return graph, gradients

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from attribution_engine import Explanation, IntegratedGradients, Job
+from attribution_engine import Explanation, IntegratedGradients, Job, expected_rows
 
 # How far the known pace of passes still counts after the next one: it follows a change of load within some ten passes.
 PACE_MEMORY = 0.9
@@ -19,7 +19,15 @@ Done = Callable[[int, Explanation | Exception | None], None]
 
 
 class OverloadedError(Exception):
-    """Too much waits already; the message says how much."""
+    """Too much waits already; the message says how much.
+
+    Attributes:
+        rows: jobs of so many rows, and more, are refused at present; None if that is not known.
+    """
+
+    def __init__(self, message: str, rows: int | None) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class GradientWorker:
@@ -34,7 +42,11 @@ class GradientWorker:
     """
 
     def __init__(
-        self, engine: IntegratedGradients, device: torch.device, max_wait_seconds: float, max_waiting: int
+        self,
+        engine: IntegratedGradients,
+        device: torch.device,
+        max_wait_seconds: float,
+        max_waiting: int,
     ) -> None:
         self._engine, self._device = engine, device
         self._max_wait_seconds, self._max_waiting = max_wait_seconds, max_waiting
@@ -55,13 +67,15 @@ class GradientWorker:
         with self._changed:
             if self._there and len(self._there) + len(jobs) > self._max_waiting:
                 raise OverloadedError(
-                    f"{len(self._there)} images wait for their gradients, and at most {self._max_waiting} may"
+                    f"{len(self._there)} images wait for their gradients, and at most {self._max_waiting} may",
+                    0 if len(jobs) == 1 else None,
                 )
             wait = self._pace.seconds(self._engine.rows_before(jobs[0], self._arrived))
             if wait > self._max_wait_seconds:
                 raise OverloadedError(
                     f"the gradients that go before take about {wait:.1f} s, and at most {self._max_wait_seconds:g} s "
-                    "may be waited"
+                    "may be waited",
+                    expected_rows(jobs[0]),
                 )
             start_by = time.monotonic() + self._max_wait_seconds
             taken = [replace(job, start_by=start_by) for job in jobs]

@@ -23,6 +23,7 @@ from attribution_metrics import AttributionMetrics
 from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
 from engine_loading import build_engine
 from gradient_worker import GradientWorker, OverloadedError
+from overload_notice import OverloadNotice
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 
@@ -30,6 +31,7 @@ from path_density import FILE_NAME, CalibrationError, PathDensity
 LARGEST_PIXEL = 1e4
 # How often Triton is asked whether a request has been cancelled.
 CANCELLATION_SECONDS = 0.05
+LAST_WORDS_SECONDS = 0.5
 # How its answers begin when it takes no more.
 OVERLOADED = "integrated_gradients is overloaded"
 
@@ -78,7 +80,7 @@ class _Answer:
 
     def is_unwanted(self) -> bool:
         """Whether nobody waits for it any more."""
-        return self.is_late() or self.is_cancelled()
+        return not self.is_sent.is_set() and (self.is_late() or self.is_cancelled())
 
     def send(self, response: pb_utils.InferenceResponse) -> None:
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -126,13 +128,17 @@ class TritonPythonModel:
         self.hold_seconds = float(settings["hold_seconds"])
         self.max_wait_seconds = float(settings["max_wait_seconds"])
         self.chunks_counted: Counter[int] = Counter()
+        # Of several instances another may still have room.
+        groups = config["instance_group"]
+        instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups)
+        self.notice = OverloadNotice(os.getppid()) if instances == 1 else None
         # Last, so that nothing fails after it; it inherits this thread's niceness.
         self.worker = GradientWorker(
             self.engine, self.device, self.max_wait_seconds, int(settings["max_waiting_images"])
         )
         # Each process has metrics of its own: Triton would drop shared ones with the first that unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.metrics = AttributionMetrics(_metric_family, labels, lambda: self.worker.waiting)
+        self.metrics = AttributionMetrics(_metric_family, labels, lambda: self.worker.waiting, self._count_chunks)
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {file}, sha256 {checksum}, "
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {self.uncalibrated or 'calibrated'}"
@@ -146,6 +152,7 @@ class TritonPythonModel:
         """
         arrived = time.monotonic()
         answers = [_Answer(request, arrived) for request in requests]
+        has_refused = False
         for request, answer in zip(requests, answers):
             # Triton must not see an exception: it would answer again what has been answered, and free it twice.
             try:
@@ -153,9 +160,14 @@ class TritonPythonModel:
             except (ParameterError, TensorError) as refusal:
                 self._refuse(answer, str(refusal), pb_utils.TritonError.INVALID_ARG, "invalid")
             except OverloadedError as refusal:
+                has_refused = True
+                if self.notice is not None and refusal.rows is not None:
+                    self.notice.post(refusal.rows)
                 self._refuse(answer, f"{OVERLOADED}: {refusal}", pb_utils.TritonError.UNAVAILABLE, "overloaded")
             except Exception as failure:
                 self._fail(answer, failure)
+        if has_refused:  # what has gathered behind this batch will be refused, too, and should not wait for that
+            return [None] * len(requests)
         for answer in answers:
             answer.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
         return [None] * len(requests)
@@ -166,7 +178,6 @@ class TritonPythonModel:
 
     def _done(self, answer: _Answer, number: int, found: Explanation | Exception | None) -> None:
         """In the worker's thread: an image of a request is done; with the last one it is answered."""
-        self._count_chunks()
         if answer.is_sent.is_set():
             return  # another of its images failed
         try:
@@ -184,18 +195,28 @@ class TritonPythonModel:
         with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
             message = f"integrated_gradients failed: {failure!r:.200}"
             self._refuse(answer, message, pb_utils.TritonError.INTERNAL, "failed")
+        if isinstance(failure, torch.AcceleratorError):  # nothing works in this process after it
+            threading.Thread(target=self._end_process, daemon=True).start()
 
     def _refuse(self, answer: _Answer, message: str, code: int, outcome: str) -> None:
         self.metrics.count("requests_total", outcome=outcome)
         answer.refuse(message, code)
 
+    def _end_process(self) -> None:
+        """After an error of the device: Triton then calls this model not healthy, and whoever probes restarts it."""
+        pb_utils.Logger.log_error("integrated_gradients ends: its device has failed")
+        time.sleep(LAST_WORDS_SECONDS)  # answers are on their way, and metrics
+        os._exit(1)
+
     def finalize(self):
         self.worker.close()
         self.metrics.close()
+        if self.notice is not None:
+            self.notice.remove()
 
     def _count_chunks(self) -> None:
-        """Tell the metrics of the passes since the last time; in the worker's thread."""
-        new = self.engine.chunks_passed - self.chunks_counted
+        """Tell the metrics of the passes since the last time; in their thread."""
+        new = Counter(dict(self.engine.chunks_passed)) - self.chunks_counted
         self.chunks_counted += new
         for rows, times in new.items():
             self.metrics.count("rows_total", rows * times)
@@ -206,14 +227,13 @@ class TritonPythonModel:
         """Tell the metrics of a request; ``gaps`` [n] are relative to the sums of absolute attributions."""
         asked = answer.work.parameters
         method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
-        seconds = time.monotonic() - answer.arrived
         self.metrics.count("requests_total", outcome="explained")
         for explanation, gap in zip(explanations, gaps.tolist()):
             self.metrics.count("explanations_total", method=method)
             self.metrics.observe("steps", explanation.n_steps, method=method)
             self.metrics.observe("convergence_gap", gap, method=method)
             self.metrics.observe("error_estimate", explanation.error_estimate, method=method)
-            self.metrics.observe("wait_seconds", max(0.0, seconds - explanation.seconds))
+            self.metrics.observe("wait_seconds", max(0.0, explanation.started - answer.arrived))
             self.metrics.observe("compute_seconds", explanation.seconds, method=method)
 
     def _read(self, request) -> Work:

@@ -1,6 +1,7 @@
 """Triton model: encoded images in, normalised pixels out."""
 
 import json
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +10,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
+from overload_reading import OverloadedError, check_overload
 from PIL import Image
+
+# That it goes on within a batch, which may take long, is seen from the first.
+COUNTERS = {
+    "images_total": "Images looked into or decoded",
+    "overloaded_total": "Requests turned away because the gradients take no more",
+}
 
 
 class TritonPythonModel:
@@ -21,6 +29,25 @@ class TritonPythonModel:
         self.mean, self.std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(settings[name]) for name in limits))
+        labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
+        self.families, self.metrics = {}, {}
+        for name, description in COUNTERS.items():
+            try:
+                self.families[name] = pb_utils.MetricFamily(
+                    name=f"preprocess_{name}", description=description, kind=pb_utils.MetricFamily.COUNTER
+                )
+                own = {**labels, "outcome": "overloaded"} if name == "overloaded_total" else labels
+                self.metrics[name] = self.families[name].Metric(labels=own)
+            except pb_utils.TritonModelException as error:
+                pb_utils.Logger.log_warn(f"no metric preprocess_{name}: {error}")
+
+    def finalize(self):
+        self.metrics.clear()  # before their families, which they must not outlive
+        self.families.clear()
+
+    def _count(self, name: str) -> None:
+        if name in self.metrics:
+            self.metrics[name].increment(1)
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
@@ -30,6 +57,9 @@ class TritonPythonModel:
             pixels, target = self._preprocess(request)
         except ImageError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+        except OverloadedError as error:
+            self._count("overloaded_total")
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE))
         except Exception as failure:  # left to Triton, it would fail the whole batch
             pb_utils.Logger.log_error(f"preprocess failed: {traceback.format_exc()}")
             error = pb_utils.TritonError(f"preprocess failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
@@ -44,6 +74,9 @@ class TritonPythonModel:
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         if files.ndim != 2:  # of a batch of none, Triton 2.51 makes a single one without its batch dimension
             raise ImageError("IMAGE must be at least one")
+        # Only a request that goes on to the gradients needs its target.
+        if "RESOLVED_TARGET" in request.requested_output_names():
+            check_overload(os.getppid(), json.loads(request.parameters()))
         target = np.full((len(files), 1), -1, np.int64) if target is None else target.as_numpy()
         images = self._for_each(lambda file: open_image(file, self.limits), files[:, 0])
         pixels = sum(image.width * image.height for image in images)
@@ -59,6 +92,7 @@ class TritonPythonModel:
         """``function`` of each value; what it refuses is numbered."""
         results = []
         for index, value in enumerate(values):
+            self._count("images_total")
             try:
                 results.append(function(value))
             except ImageError as error:

@@ -1,0 +1,317 @@
+"""Faults, provoked on a live server: what was under way ends, and the next good request is answered soon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import tritonclient.grpc
+from conftest import encode, scene_image
+from test_serving import infer
+
+from explain_client import ExplainClient, ExplainError
+from tools.bench.overload import measure, with_settings
+from tools.bench.server import session
+from tools.bench.soak import soak
+from tools.paths import MODEL_REPOSITORY, ROOT
+from tools.server import EmbeddedServer, Ports
+from tools.supervisor import ServerError, Watch, supervise
+
+STUBBED = ("preprocess", "classifier", "integrated_gradients", "heatmap", "explain_stream")
+# How soon the next good request must be answered.
+RECOVERY_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    return encode(scene_image(0))
+
+
+def stub(server_process: int, model: str) -> int:
+    """The process of a model."""
+    for process in session(server_process):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+            if "triton_python_backend_stub" in words[0] and any(word.startswith(f"{model}_") for word in words):
+                return process
+    raise AssertionError(f"{model} has no process")
+
+
+def triton_process(parent: int) -> int:
+    """The tritonserver that a process has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and (folder / "cmdline").read_bytes().split(b"\0")[0].endswith(b"/tritonserver"):
+                return int(folder.name)
+    raise AssertionError("there is no Triton")
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory):
+    """What ``make serve`` runs: its gRPC address and its process."""
+    folder, ports = tmp_path_factory.mktemp("supervised"), Ports.free()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment |= {f"{name.upper()}_PORT": str(port) for name, port in vars(ports).items()}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.server", "--most-restarts", "100"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + 120
+        while "ready" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        yield f"127.0.0.1:{ports.grpc}", process, folder / "log"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def recovers(url: str, image: bytes, stream: bool = False) -> float:
+    """Seconds until a good request is answered."""
+    started = time.monotonic()
+    while True:
+        try:
+            with ExplainClient(url, timeout=3, retries=0) as client:
+                client.explain(image, n_steps=1)
+                if stream:
+                    for _ in client.explain_stream(image, n_steps=1):
+                        pass
+                return time.monotonic() - started
+        except ExplainError as error:
+            if time.monotonic() - started >= RECOVERY_SECONDS:
+                raise AssertionError(f"no answer after {RECOVERY_SECONDS} s: {error}") from None
+            time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+@pytest.mark.parametrize("model", [*STUBBED, "tritonserver"])
+def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supervised, image, model, number):
+    url, process, log = supervised
+    server = triton_process(process.pid)
+    victim = server if model == "tritonserver" else stub(server, model)
+    ended: queue.Queue[float] = queue.Queue()
+
+    def ask() -> None:
+        started = time.monotonic()
+        with ExplainClient(url, timeout=20, retries=0) as client, contextlib.suppress(ExplainError):
+            client.explain(image, n_steps=100)
+        ended.put(time.monotonic() - started)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(1)
+    os.kill(victim, number)
+    thread.join(25)
+    assert ended.get_nowait() <= 22  # within its own time, answered or not
+    seconds = recovers(url, image, stream=True)
+    print(f"{model} {number.name}: good again {seconds:.1f} s after the request under way had ended")
+    restarted = re.findall(r"server: (.*)", log.read_text())
+    assert restarted, "nobody noticed"
+
+
+@pytest.mark.slow
+def test_it_gives_up_after_a_bound(tmp_path):
+    server = EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log")
+    said: list[str] = []
+    watch = Watch(interval=0.2, first_pause=0.1, longest_pause=0.2, most_restarts=2)
+    with server:
+
+        def kill_again_and_again() -> None:
+            for _ in range(3):
+                while server.process.poll() is not None or not server.is_ready():
+                    time.sleep(0.1)
+                server.process.kill()
+                server.process.wait()
+                time.sleep(1)
+
+        thread = threading.Thread(target=kill_again_and_again, daemon=True)
+        thread.start()
+        with pytest.raises(
+            ServerError, match="gave up after 2 restarts within 600 s; the last time: Triton ended with"
+        ):
+            supervise(server, "127.0.0.1", watch, said.append)
+        thread.join(10)
+    assert said[0].endswith("restart 1 of at most 2 in 0.1 s")
+
+
+@pytest.mark.slow
+def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(tmp_path, image):
+    server = EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log", stop_seconds=10)
+    outcomes: list[str] = []
+
+    def ask(number: int) -> None:
+        try:
+            with ExplainClient(server.grpc_url, timeout=60, retries=0) as client:
+                client.explain(image, n_steps=20)
+            outcomes.append("answered")
+        except ExplainError as error:
+            outcomes.append(error.status or "failed")
+
+    with server, ThreadPoolExecutor(17) as pool:
+        calls = [pool.submit(ask, number) for number in range(16)]
+        time.sleep(2.5)
+        started = time.monotonic()
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        calls.append(pool.submit(ask, 16))  # arrives during the shutdown
+        for call in calls:
+            call.result()
+        seconds = time.monotonic() - started
+    print(f"{outcomes} in {seconds:.1f} s")
+    assert seconds < 10 + 10
+    assert len(outcomes) == 17
+    assert outcomes.count("answered") >= 4
+    assert set(outcomes) <= {"answered", "UNAVAILABLE", "CANCELLED", "INTERNAL", "failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["missing", "truncated", "no TorchScript", "NaN weights"])
+def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path, server, fault):
+    repository = tmp_path / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository)
+    file = repository / "classifier" / "1" / "model.pt"
+    if fault == "missing":
+        file.unlink()
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:100_000])
+    elif fault == "no TorchScript":
+        torch.save({"weight": torch.zeros(3)}, file)
+    else:
+        module = torch.jit.load(str(file))
+        with torch.no_grad():
+            next(iter(module.parameters())).fill_(float("nan"))
+        module.save(str(file))
+    with pytest.raises(ServerError, match="model (classifier|integrated_gradients) failed to load"):
+        EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log").start()
+
+
+class SmallSharedMemory(EmbeddedServer):
+    """A server in whose view of the machine there are so many bytes of shared memory."""
+
+    size = "40m"
+
+    def command_line(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        command, environment = super().command_line(folder)
+        mount = f'mount -t tmpfs -o size={self.size} tmpfs /dev/shm && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mount, "sh", *command], environment
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode
+    != 0,
+    reason="mounts cannot be made here",
+)
+def test_shared_memory_that_is_full_fails_requests_and_not_the_server(tmp_path, image):
+    with SmallSharedMemory(ports=Ports.free(), log_file=tmp_path / "log") as server:
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
+            infer(triton, [image], n_steps=1)
+            # 32 images in and out of each model take far more than there is.
+            with pytest.raises(tritonclient.grpc.InferenceServerException) as failure:
+                infer(triton, [image] * 32, n_steps=1, timeout_seconds=60)
+            print(failure.value)
+            assert recovers(server.grpc_url, image) < RECOVERY_SECONDS
+        assert server.process.poll() is None
+
+
+def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
+    """In the middle of a request, in the middle of a stream, and two hundred that open connections and say little."""
+    before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    sockets = []
+    for number in range(200):
+        port = server.ports.grpc if number % 2 else server.ports.http
+        sockets.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+        sockets[-1].sendall(
+            b"POST /v2/models/explain/infer HTTP/1.1\r\nContent-Length: 100000\r\n\r\n{" if number % 4 else b""
+        )
+    infer(triton, [image], n_steps=1)  # beside them
+    for each in sockets:
+        each.close()
+    leaver = ExplainClient(server.grpc_url)
+    for _ in leaver.explain_stream(image, n_steps=50):
+        break
+    leaver.close()
+    program = "import sys, explain_client; explain_client.ExplainClient(sys.argv[1]).explain(sys.argv[2], n_steps=30)"
+    file = Path(os.environ.get("TMPDIR", "/tmp")) / f"leaver-{os.getpid()}.png"
+    file.write_bytes(image)
+    process = subprocess.Popen([sys.executable, "-c", program, server.grpc_url, str(file)])
+    time.sleep(1.5)
+    process.kill()
+    process.wait()
+    file.unlink()
+    infer(triton, [image], n_steps=1)
+    until = time.monotonic() + 15
+    while len(os.listdir(f"/proc/{server.process.pid}/fd")) > before + 20 and time.monotonic() < until:
+        time.sleep(0.2)
+    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 20
+
+
+def test_no_model_reads_a_clock_that_can_be_set():
+    """So no jump of the machine's time can end a deadline early or never."""
+    for file in MODEL_REPOSITORY.glob("*/1/*.py"):
+        assert not re.search(r"time\.time\(|datetime|time\.localtime|time\.gmtime", file.read_text()), file
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a disk full")
+def test_a_full_disk_ends_the_command_with_a_sentence(server, tmp_path, image):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(image)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounts cannot be made here")
+    try:
+        command = [str(Path(sys.executable).with_name("explain")), str(picture), "--n-steps", "1"]
+        found = subprocess.run(
+            [*command, "--url", server.grpc_url, "--out", str(folder)], capture_output=True, text=True, check=False
+        )
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert found.returncode != 0
+    assert "No space left on device" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_well(tmp_path, served_module):
+    repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5)
+    with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
+        found = measure(server, (10,), 30)
+    (row,) = found["rows"]
+    assert row["classify_failures"] == 0
+    assert row["refused_seconds"]
+    assert len(row["accepted_seconds"]) + len(row["refused_seconds"]) == row["offered"]
+    assert all(message.startswith("UNAVAILABLE integrated_gradients is overloaded") for message in row["errors"])
+    # What it was judged by when it was taken, its own computing, and the time that it may be held before.
+    assert max(row["accepted_seconds"]) < 2 * (5 + 2 + 1)
+
+
+@pytest.mark.slow
+def test_two_minutes_of_everything_leave_nothing_wrong(tmp_path):
+    with EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log") as server:
+        found = soak(server, 120)
+    assert found["wrong"] == []
+    assert found["accounted"]
+    assert found["requests"] > 100

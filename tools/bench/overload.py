@@ -1,0 +1,201 @@
+"""What clients see at 1, 2, 5 and 10 times what the server can explain: ``python -m tools.bench.overload``.
+
+Requests for explanations come at a fixed rate, whatever becomes of those before (an open loop); beside them one client
+asks `classify` now and then. The server is this repository with a `max_wait_seconds` that a service would have. Prints
+a table, writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tritonclient.grpc
+from tqdm import tqdm
+
+from tools.bench.load import jpeg_images, run_block, triton_asker
+from tools.bench.server import MemoryWatch
+from tools.export import ensure_exported
+from tools.measuring import describe_machine, write_report
+from tools.paths import MODEL_REPOSITORY, OUTPUTS
+from tools.server import EmbeddedServer, Ports
+
+N_STEPS = 20
+FACTORS = (1, 2, 5, 10)
+MAX_WAIT_SECONDS = 5.0
+CLASSIFY_EVERY = 0.5
+
+
+def with_settings(folder: Path, model: str, **settings: Any) -> Path:
+    """A copy of the model repository in which some of a model's parameters are others."""
+    repository = folder / "model_repository"
+    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    file = repository / model / "config.pbtxt"
+    text = file.read_text()
+    for name, value in settings.items():
+        pattern = rf'(key: "{name}".*?string_value: ")[^"]*'
+        text, count = re.subn(pattern, rf"\g<1>{value}", text, count=1, flags=re.DOTALL)
+        if not count:
+            raise ValueError(f"{model} has no parameter {name}")
+    file.write_text(text)
+    return repository
+
+
+@dataclass
+class Seen:
+    """What became of the requests of an open loop."""
+
+    offered: int = 0
+    accepted: list[float] = field(default_factory=list)  # seconds
+    refused: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    elapsed: float = 0.0
+
+
+def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parameters: dict[str, Any]) -> Seen:
+    """Ask for explanations at a rate, and wait for the last of them."""
+    client = tritonclient.grpc.InferenceServerClient(url)
+    inputs = []
+    for image in images:
+        inputs.append(tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([[image]], np.object_))
+    outputs = [tritonclient.grpc.InferRequestedOutput("SALIENCY")]
+    seen, done = Seen(), threading.Semaphore(0)
+
+    def finish(started: float, result: Any, error: Any) -> None:
+        taken = time.perf_counter() - started
+        if error is None:
+            seen.accepted.append(taken)
+        else:
+            seen.refused.append(taken)
+            message = re.sub(r"[\d.]+", "N", error.message())
+            seen.errors[f"{str(error.status()).removeprefix('StatusCode.')} {message}"] += 1
+        done.release()
+
+    started = time.perf_counter()
+    while (now := time.perf_counter()) < started + seconds:
+        client.async_infer(
+            "explain",
+            [inputs[seen.offered % len(inputs)]],
+            lambda result, error, now=now: finish(now, result, error),
+            outputs=outputs,
+            parameters=parameters,
+        )
+        seen.offered += 1
+        time.sleep(max(0.0, started + seen.offered / rate - time.perf_counter()))
+    for _ in range(seen.offered):
+        done.acquire()
+    seen.elapsed = time.perf_counter() - started
+    return seen
+
+
+def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) -> dict[str, Any]:
+    """Capacity, and a row for each factor of it."""
+    images, url = jpeg_images(), server.grpc_url
+    parameters = {"n_steps": N_STEPS}
+    explaining = lambda: triton_asker(url, "explain", images, ("SALIENCY",), parameters)  # noqa: E731
+    classify = triton_asker(url, "classify", images, ("PROBABILITIES",), {})
+    run_block(explaining, 4, 8)
+    block = run_block(explaining, 4, max(12, round(seconds)))
+    capacity = len(block.seconds) / block.elapsed
+    for number in range(5):
+        classify(number)
+    idle = run_block(lambda: classify, 1, 40).seconds
+    rows = []
+    for factor in tqdm(factors, desc="times capacity"):
+        predictions: list[float] = []
+        failures: list[Exception] = []
+        is_over = threading.Event()
+
+        def predict(predictions=predictions, failures=failures, is_over=is_over) -> None:
+            while not is_over.wait(CLASSIFY_EVERY):
+                started = time.perf_counter()
+                try:
+                    classify(len(predictions))
+                    predictions.append(time.perf_counter() - started)
+                except Exception as failure:
+                    failures.append(failure)
+
+        thread = threading.Thread(target=predict)
+        thread.start()
+        with MemoryWatch(server.process.pid) as memory:
+            seen = open_loop(url, images, factor * capacity, seconds, parameters)
+        is_over.set()
+        thread.join()
+        rows.append(
+            {
+                "factor": factor,
+                "offered": seen.offered,
+                "accepted_seconds": seen.accepted,
+                "refused_seconds": seen.refused,
+                "errors": dict(seen.errors),
+                "accepted_per_second": len(seen.accepted) / seen.elapsed,
+                "classify_seconds": predictions,
+                "classify_failures": len(failures),
+                "memory_mb": memory.peak_mb,
+            }
+        )
+    return {"capacity": capacity, "classify_idle_seconds": idle, "rows": rows}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    idle = 1e3 * np.percentile(report["classify_idle_seconds"], 95)
+    lines = [
+        f"Capacity {report['capacity']:.2f} explanations of {N_STEPS} steps a second; `classify` idle p95 "
+        f"{idle:.0f} ms; `max_wait_seconds` {report['max_wait_seconds']:g}.",
+        "",
+        "| times capacity | offered | answered, a second | of capacity | p50 | p99 | refused | refused within, p95 "
+        "| classify p50, p95 | times idle | failed | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        p50, p99 = (f"{np.percentile(row['accepted_seconds'], part):.1f} s" for part in (50, 99))
+        refused = f"{1e3 * np.percentile(row['refused_seconds'], 95):.0f} ms" if row["refused_seconds"] else ""
+        low, high = (1e3 * np.percentile(row["classify_seconds"], part) for part in (50, 95))
+        lines.append(
+            f"| {row['factor']:g} | {row['offered']} | {row['accepted_per_second']:.2f} "
+            f"| {row['accepted_per_second'] / report['capacity']:.0%} | {p50} | {p99} "
+            f"| {len(row['refused_seconds']) / row['offered']:.0%} | {refused} | {low:.0f}, {high:.0f} ms "
+            f"| {high / idle:.1f} | {row['classify_failures']} | {row['memory_mb']:.0f} MB |"
+        )
+    errors = Counter()
+    for row in report["rows"]:
+        errors.update(row["errors"])
+    lines += ["", *(f"- {count} x {message}" for message, count in errors.most_common())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.overload", description=__doc__.splitlines()[0])
+    parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
+    parser.add_argument("--seconds", type=float, default=60, help="of each factor (default: 60)")
+    parser.add_argument("--max-wait-seconds", type=float, default=MAX_WAIT_SECONDS)
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "overload.json")
+    arguments = parser.parse_args()
+    ensure_exported()
+    folder = OUTPUTS / "bench" / "overload"
+    repository = with_settings(folder, "integrated_gradients", max_wait_seconds=arguments.max_wait_seconds)
+    with EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log") as server:
+        found = measure(server, tuple(arguments.factors), arguments.seconds)
+    report = {
+        "command": " ".join(["python -m tools.bench.overload", *sys.argv[1:]]),
+        "machine": describe_machine(torch.device("cpu")),
+        "max_wait_seconds": arguments.max_wait_seconds,
+        **found,
+    }
+    write_report(report, table(report), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Half an hour of everything at once: ``python -m tools.bench.soak``.
+
+Requests of all kinds come at random times, a little less than the machine can do, 5 % of them malformed, 5 % cancelled
+on the way. Every request is accounted for, answers are compared with those of an idle server, and the server's memory,
+threads, open files and shared memory are watched. Exit status 1 if anything was not as it should be. Writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tritonclient.grpc
+from tqdm import tqdm
+
+from explain_client import ExplainClient, Level, RefusedError
+from tools.bench.load import jpeg_images
+from tools.bench.server import own_mb, session
+from tools.export import ensure_exported
+from tools.measuring import describe_machine, relative_distance, write_report
+from tools.paths import OUTPUTS
+from tools.server import SHARED_MEMORY, EmbeddedServer, Ports
+
+# Gradients a second that are asked, on average; 2 CPU cores take some 28.
+GRADIENTS_PER_SECOND = 19.0
+WORKERS = 16
+WATCH_EVERY = 5.0
+# An answer may differ from that of an idle server by the rounding of other chunk sizes.
+LARGEST_DISTANCE = 1e-4
+# What may grow from the second fifth of the time to the last: share, or so many.
+MOST_GROWTH = {"memory_mb": 0.05, "threads": 4, "files": 16, "shared_mb": 0.05}
+
+# Kind -> its share of the requests, gradients it takes about, and its parameters.
+KINDS: dict[str, tuple[float, float, dict[str, Any]]] = {
+    "classify": (0.25, 0, {}),
+    "explain, 8 steps": (0.2, 8, {"n_steps": 8}),
+    "explain, 20 steps": (0.15, 20, {"n_steps": 20}),
+    "explain, calibrated, black, probability": (
+        0.1,
+        12,
+        {"method": "calibrated", "n_steps": 12, "baseline": "black", "output": "probability"},
+    ),
+    "explain, noise": (0.05, 12, {"n_steps": 4, "nt_samples": 3, "seed": 7}),
+    "explain, tolerance": (0.05, 9, {"tolerance": 0.1}),
+    "explain, deadline": (0.05, 10, {"deadline_ms": 500}),
+    "stream": (0.05, 13, {"n_steps": 13}),
+    "malformed": (0.05, 0, {}),
+    "cancelled": (0.05, 20, {"n_steps": 60}),
+}
+MALFORMED: tuple[tuple[bytes, dict[str, Any]], ...] = (
+    (b"no image", {}),
+    (b"", {}),
+    (b"\xff\xd8\xff\xe0" + bytes(100), {}),
+    (b"", {"n_steps": 0}),
+)
+# Their answers are the same whenever they are asked.
+COMPARED = (
+    "explain, 8 steps",
+    "explain, 20 steps",
+    "explain, calibrated, black, probability",
+    "explain, noise",
+    "stream",
+)
+
+
+class Traffic:
+    """The requests, what became of them, and what should have."""
+
+    def __init__(self, url: str, images: list[bytes]) -> None:
+        self.url, self.images = url, images
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.latencies: list[tuple[float, str, float]] = []  # when, kind, seconds
+        self.distances: list[float] = []
+        self.wrong: list[str] = []
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._started = time.monotonic()
+        self._expected = {
+            (kind, index): self._saliency(kind, index) for kind in COMPARED for index in range(len(images))
+        }
+
+    def _client(self) -> ExplainClient:
+        if not hasattr(self._local, "client"):
+            self._local.client = ExplainClient(self.url, timeout=120, retries=0)
+        return self._local.client
+
+    def _saliency(self, kind: str, index: int) -> np.ndarray:
+        parameters = KINDS[kind][2]
+        if kind == "stream":
+            *_, last = self._client().explain_stream(self.images[index], **parameters)
+            assert isinstance(last, Level)
+            return last.saliency
+        return self._client().explain(self.images[index], **parameters).saliency
+
+    def ask(self, kind: str, index: int) -> None:
+        """One request, to its end."""
+        started = time.monotonic()
+        try:
+            outcome = self._ask(kind, index)
+        except Exception as failure:
+            outcome = f"{type(failure).__name__}"
+            with self._lock:
+                self.wrong.append(f"{kind}: {failure!r:.300}")
+        with self._lock:
+            self.outcomes[kind, outcome] += 1
+            self.latencies.append((started - self._started, kind, time.monotonic() - started))
+
+    def _ask(self, kind: str, index: int) -> str:
+        client, image, parameters = self._client(), self.images[index], KINDS[kind][2]
+        if kind == "classify":
+            client.classify(image)
+        elif kind == "malformed":
+            content, parameters = MALFORMED[index % len(MALFORMED)]
+            try:
+                client.explain(content or image if parameters else content, **parameters)
+            except RefusedError:
+                return "refused"
+            raise AssertionError(f"malformed request {index % len(MALFORMED)} was answered")
+        elif kind == "cancelled":
+            return self._cancel(image, parameters)
+        elif kind in COMPARED:
+            distance = relative_distance(
+                torch.from_numpy(self._saliency(kind, index).copy()),
+                torch.from_numpy(self._expected[kind, index].copy()),
+            )
+            with self._lock:
+                self.distances.append(distance)
+            if not distance <= LARGEST_DISTANCE:
+                raise AssertionError(f"image {index} is {distance:.1e} from the idle server's answer")
+        else:
+            client.explain(image, **parameters)
+        return "answered"
+
+    def _cancel(self, image: bytes, parameters: dict[str, Any]) -> str:
+        """Half of them a stream left after its prediction, half a call that is cancelled."""
+        if random.random() < 0.5:
+            for _ in self._client().explain_stream(image, **parameters):
+                return "cancelled"
+        if not hasattr(self._local, "triton"):
+            self._local.triton = tritonclient.grpc.InferenceServerClient(self.url)
+        tensor = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[image]], np.object_))
+        done = threading.Event()
+        call = self._local.triton.async_infer(
+            "explain", [tensor], lambda result, error: done.set(), parameters={**parameters, "n_steps": 20}
+        )
+        time.sleep(random.uniform(0.02, 0.5))
+        call.cancel()
+        if not done.wait(60):
+            raise AssertionError("a cancelled call has not ended")
+        return "cancelled"
+
+
+def run(traffic: Traffic, seconds: float, seed: int) -> int:
+    """Ask at random times; returns how many requests there were."""
+    random_ = random.Random(seed)
+    kinds, weights = zip(*((kind, share) for kind, (share, *_) in KINDS.items()))
+    rate = GRADIENTS_PER_SECOND / sum(share * gradients for share, gradients, _ in KINDS.values())
+    count, at = 0, time.monotonic()
+    until = at + seconds
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=round(seconds), unit="s") as progress:
+        while at < until:
+            time.sleep(max(0.0, at - time.monotonic()))
+            pool.submit(traffic.ask, random_.choices(kinds, weights)[0], random_.randrange(len(traffic.images)))
+            count += 1
+            pause = random_.expovariate(rate)
+            at += pause
+            progress.update(pause)
+    return count
+
+
+class Watch:
+    """What the server's processes hold, every few seconds."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server, self.samples = server, []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        while True:
+            processes = list(session(self._server.process.pid))
+            regions = SHARED_MEMORY.glob(f"{self._server.region_prefix}*")
+            self.samples.append(
+                {
+                    "seconds": time.monotonic() - started,
+                    "memory_mb": sum(map(own_mb, processes)),
+                    "threads": sum(_entries(process, "task") for process in processes),
+                    "files": sum(_entries(process, "fd") for process in processes),
+                    "shared_mb": sum(region.stat().st_blocks * 512 for region in regions) / 1e6,
+                }
+            )
+            if self._is_over.wait(WATCH_EVERY):
+                return
+
+
+def _entries(process: int, name: str) -> int:
+    try:
+        return len(os.listdir(f"/proc/{process}/{name}"))
+    except OSError:
+        return 0
+
+
+def growth(samples: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Of each thing that is watched, its median in the second fifth of the time and in the last."""
+    fifth = max(1, len(samples) // 5)
+    early, late = samples[fifth : 2 * fifth], samples[-fifth:]
+    return {
+        name: tuple(float(np.median([sample[name] for sample in part])) for part in (early, late))
+        for name in MOST_GROWTH
+    }
+
+
+def too_much_growth(found: dict[str, tuple[float, float]]) -> list[str]:
+    """What grew by more than it may."""
+    wrong = []
+    for name, (early, late) in found.items():
+        most = MOST_GROWTH[name] if name in ("threads", "files") else MOST_GROWTH[name] * early
+        if late - early > most:
+            wrong.append(f"{name} grew from {early:.0f} to {late:.0f}")
+    return wrong
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| kind | requests | outcomes | p50 | p95 | p99 |", "|---|---|---|---|---|---|"]
+    for kind in KINDS:
+        outcomes = {entry["outcome"]: entry["count"] for entry in report["outcomes"] if entry["kind"] == kind}
+        seconds = [taken for _, own, taken in report["latencies"] if own == kind]
+        if seconds:
+            p50, p95, p99 = (f"{1e3 * np.percentile(seconds, part):.0f} ms" for part in (50, 95, 99))
+            told = ", ".join(f"{count} {name}" for name, count in outcomes.items())
+            lines.append(f"| {kind} | {len(seconds)} | {told} | {p50} | {p95} | {p99} |")
+    lines += ["", "| | second fifth of the time, median | last fifth |", "|---|---|---|"]
+    lines += [f"| {name} | {early:.0f} | {late:.0f} |" for name, (early, late) in report["growth"].items()]
+    lines += [
+        "",
+        f"{report['requests']} requests in {report['seconds']:.0f} s, all accounted for: {report['accounted']}; "
+        f"{report['compared']} answers compared, the largest distance {report['largest_distance']:.1e}; "
+        f"wrong: {'; '.join(report['wrong']) or 'nothing'}.",
+    ]
+    return "\n".join(lines)
+
+
+def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any]:
+    """Run it; what was wrong is in ``wrong``."""
+    images = jpeg_images()[:4]
+    traffic = Traffic(server.grpc_url, images)
+    with Watch(server) as watch:
+        started = time.monotonic()
+        requests = run(traffic, seconds, seed)
+        elapsed = time.monotonic() - started
+    grown = growth(watch.samples)
+    accounted = sum(traffic.outcomes.values()) == requests
+    wrong = [*traffic.wrong[:20], *too_much_growth(grown), *(() if accounted else ("requests are missing",))]
+    return {
+        "seconds": elapsed,
+        "requests": requests,
+        "accounted": accounted,
+        "outcomes": [{"kind": kind, "outcome": name, "count": n} for (kind, name), n in traffic.outcomes.items()],
+        "latencies": traffic.latencies,
+        "compared": len(traffic.distances),
+        "largest_distance": max(traffic.distances, default=0.0),
+        "growth": grown,
+        "samples": watch.samples,
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "soak.json")
+    arguments = parser.parse_args()
+    ensure_exported()
+    with EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "bench" / "soak.log") as server:
+        found = soak(server, 60 * arguments.minutes, arguments.seed)
+    report = {
+        "command": " ".join(["python -m tools.bench.soak", *sys.argv[1:]]),
+        "machine": describe_machine(torch.device("cpu")),
+        **found,
+    }
+    write_report(report, table(report), arguments.out)
+    sys.exit(1 if report["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
