@@ -172,17 +172,20 @@ def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(t
         calls = [pool.submit(ask, number) for number in range(16)]
         time.sleep(2.5)
         started = time.monotonic()
-        os.kill(server.process.pid, signal.SIGTERM)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
         time.sleep(0.5)
         calls.append(pool.submit(ask, 16))  # arrives during the shutdown
         for call in calls:
             call.result()
         seconds = time.monotonic() - started
+        stopping.join()
     print(f"{outcomes} in {seconds:.1f} s")
-    assert seconds < 10 + 10
+    assert seconds < 10 + 3 + 2
     assert len(outcomes) == 17
-    assert outcomes.count("answered") >= 4
-    assert set(outcomes) <= {"answered", "UNAVAILABLE", "CANCELLED", "INTERNAL", "failed"}
+    assert "answered" in outcomes
+    # Triton 2.51 starts no further step of an ensemble then, so what has its gradients late gets no heatmap.
+    assert set(outcomes) == {"answered", "UNAVAILABLE"}
 
 
 @pytest.mark.slow
@@ -202,7 +205,7 @@ def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path
         with torch.no_grad():
             next(iter(module.parameters())).fill_(float("nan"))
         module.save(str(file))
-    with pytest.raises(ServerError, match="model (classifier|integrated_gradients) failed to load"):
+    with pytest.raises(ServerError, match=r"model (classifier|integrated_gradients) failed to load"):
         EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log").start()
 
 

@@ -149,7 +149,8 @@ class EmbeddedServer:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(self.stop_seconds + 10 if grace_seconds is None else grace_seconds)
+                # Triton 2.51 gives up by itself after its exit timeout, or crashes and stays.
+                self.process.wait(self.stop_seconds + 3 if grace_seconds is None else grace_seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
             self.process.wait()

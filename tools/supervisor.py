@@ -44,11 +44,12 @@ class Watch:
     One image may take 4 s to decode, so two probes in a row must fail.
     """
 
-    interval: float = 3.0
-    probe_seconds: float = 5.0
+    interval: float = 2.0
+    probe_seconds: float = 4.0
     # What still runs when one of its models is gone may finish that soon.
-    grace: float = 3.0
-    # Pauses before further starts double from the first to the longest; so many starts within the window are enough.
+    grace: float = 2.0
+    # Pauses double from the first to the longest while no start comes to an answer; so many starts within the window
+    # are enough in any case.
     first_pause: float = 1.0
     longest_pause: float = 30.0
     most_restarts: int = 6
@@ -70,9 +71,12 @@ def supervise(
         ServerError: it had to be started too often.
     """
     restarts: deque[float] = deque()
+    pause = watch.first_pause
     while True:
-        reason = trouble(server, host, watch)
+        reason, was_well = trouble(server, host, watch)
         server.stop(watch.grace)
+        if was_well:
+            pause = watch.first_pause
         while True:
             now = time.monotonic()
             restarts.append(now)
@@ -82,9 +86,9 @@ def supervise(
                 raise ServerError(
                     f"gave up after {watch.most_restarts} restarts within {watch.window:g} s; the last time: {reason}"
                 )
-            pause = min(watch.first_pause * 2 ** (len(restarts) - 1), watch.longest_pause)
             say(f"{reason}; restart {len(restarts)} of at most {watch.most_restarts} in {pause:g} s")
             time.sleep(pause)
+            pause = min(2 * pause, watch.longest_pause)
             try:
                 server.start()
                 say("ready again")
@@ -93,19 +97,19 @@ def supervise(
                 reason = str(failure)
 
 
-def trouble(server: Server, host: str, watch: Watch) -> str:
-    """Wait until something is wrong with a server, and say what."""
-    failures = 0
+def trouble(server: Server, host: str, watch: Watch) -> tuple[str, bool]:
+    """Wait until something is wrong with a server; returns what, and whether it had been well before."""
+    failures, was_well = 0, False
     while True:
         try:
             code = server.process.wait(1.0 if failures else watch.interval)
-            return f"Triton ended with code {code}"
+            return f"Triton ended with code {code}", was_well
         except subprocess.TimeoutExpired:
             pass
         try:
             probe_patiently(host, server.ports.http, server.ports.metrics, seconds=watch.probe_seconds)
-            failures = 0
+            failures, was_well = 0, True
         except ProbeError as failure:
             failures += 1
             if failures == 2 and server.process.poll() is None:
-                return str(failure)
+                return str(failure), was_well

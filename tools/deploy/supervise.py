@@ -51,7 +51,7 @@ class ContainerServer:
             time.sleep(0.2)
 
     def stop(self, grace_seconds: float | None = None) -> None:
-        seconds = self.stop_seconds + 10 if grace_seconds is None else grace_seconds
+        seconds = self.stop_seconds + 3 if grace_seconds is None else grace_seconds
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
