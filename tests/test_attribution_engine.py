@@ -96,6 +96,7 @@ def test_unlike_jobs_together_equal_each_alone(served_module):
         assert together.n_steps == alone.n_steps == job.n_steps
 
 
+@pytest.mark.slow
 def test_roads_with_and_without_hoisting_agree(served_module):
     # In float64: in float32 a flipped activation, which either road may have, would hide what is compared.
     jobs = [replace(job, image=job.image.double(), baseline=job.baseline.double()) for job in unlike_jobs()]
@@ -158,7 +159,7 @@ def test_quadrature_is_captums(method):
     assert weights.sum().item() == pytest.approx(0.95 if method == "riemann_trapezoid" else 1)
 
 
-@pytest.mark.parametrize("tolerance", [0.1, 0.03])
+@pytest.mark.parametrize("tolerance", [0.1, pytest.param(0.03, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("points", [False, True], ids=["mean gradients", "points"])
 def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, points):
     engine = IntegratedGradients(served_module)

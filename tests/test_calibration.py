@@ -62,6 +62,7 @@ def test_edges_rise_from_0_to_1_for_any_number_of_steps(demo_density, n_steps):
     assert PathDensity({"logit": torch.zeros(5)}, {}).edges("logit", 2).tolist() == [0, 0.5, 1]
 
 
+@pytest.mark.slow
 def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(engine):
     errors = {"logit": [], "probability": []}
     for index in (0, 1):
