@@ -23,11 +23,12 @@ class OverloadedError(Exception):
 
     Attributes:
         rows: jobs of so many rows, and more, are refused at present; None if that is not known.
+        seconds: until then there is likely no room.
     """
 
-    def __init__(self, message: str, rows: int | None) -> None:
+    def __init__(self, message: str, rows: int | None, seconds: float = 0.0) -> None:
         super().__init__(message)
-        self.rows = rows
+        self.rows, self.seconds = rows, seconds
 
 
 class GradientWorker:
@@ -58,8 +59,11 @@ class GradientWorker:
         self._thread = threading.Thread(target=self._work, name="gradients")
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job], done: Done) -> None:
+    def submit(self, jobs: Sequence[Job], done: Done) -> float:
         """Have jobs of one kind explained; ``done`` is called once for each, with its place in ``jobs``.
+
+        Returns:
+            For how many seconds they are going to wait for their first pass.
 
         Raises:
             OverloadedError: none of them was taken.
@@ -76,12 +80,14 @@ class GradientWorker:
                     f"the gradients that go before take about {wait:.1f} s, and at most {self._max_wait_seconds:g} s "
                     "may be waited",
                     expected_rows(jobs[0]),
+                    wait - self._max_wait_seconds,
                 )
             start_by = time.monotonic() + self._max_wait_seconds
             taken = [replace(job, start_by=start_by) for job in jobs]
             self._arrived += taken
             self._there |= {id(job): (job, number, done) for number, job in enumerate(taken)}
             self._changed.notify()
+        return wait
 
     @property
     def waiting(self) -> int:

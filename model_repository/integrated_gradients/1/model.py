@@ -148,33 +148,35 @@ class TritonPythonModel:
         """Hand requests to the thread that computes; return when they are answered, or have been for a while.
 
         While this waits, what comes next gathers in Triton. A long request must not keep short ones there until its
-        end, so others join it after ``hold_seconds``; Triton takes its answer after this has returned, too.
+        end, so others join it after ``hold_seconds``, and at once where the batch itself has longer to wait for its
+        first gradient; Triton takes its answer after this has returned, too.
         """
         arrived = time.monotonic()
         answers = [_Answer(request, arrived) for request in requests]
-        has_refused = False
+        wait = 0.0
         for request, answer in zip(requests, answers):
             # Triton must not see an exception: it would answer again what has been answered, and free it twice.
             try:
-                self._take(request, answer)
+                wait = max(wait, self._take(request, answer))
             except (ParameterError, TensorError) as refusal:
                 self._refuse(answer, str(refusal), pb_utils.TritonError.INVALID_ARG, "invalid")
             except OverloadedError as refusal:
-                has_refused = True
+                wait = math.inf
                 if self.notice is not None and refusal.rows is not None:
-                    self.notice.post(refusal.rows)
+                    self.notice.post(refusal.rows, refusal.seconds)
                 self._refuse(answer, f"{OVERLOADED}: {refusal}", pb_utils.TritonError.UNAVAILABLE, "overloaded")
             except Exception as failure:
                 self._fail(answer, failure)
-        if has_refused:  # what has gathered behind this batch will be refused, too, and should not wait for that
+        if wait > self.hold_seconds:  # and so will what gathers behind this batch, which should be judged at once
             return [None] * len(requests)
         for answer in answers:
             answer.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
         return [None] * len(requests)
 
-    def _take(self, request, answer: _Answer) -> None:
+    def _take(self, request, answer: _Answer) -> float:
+        """Have a request explained; returns the seconds until its first gradient."""
         answer.work = self._read(request)
-        self.worker.submit(self._jobs(answer.work, answer), partial(self._done, answer))
+        return self.worker.submit(self._jobs(answer.work, answer), partial(self._done, answer))
 
     def _done(self, answer: _Answer, number: int, found: Explanation | Exception | None) -> None:
         """In the worker's thread: an image of a request is done; with the last one it is answered."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 FOLDER = Path("/dev/shm")
 FORMAT = "<dd"
-# From a refusal on: long enough to spare most of an overload's work, short enough to find its end.
-SECONDS = 0.25
+# From a refusal on, at least and at most: to spare most of the work of an overload, and to find its end.
+SECONDS, MOST_SECONDS = 0.25, 2.0
 
 
 class OverloadNotice:
@@ -30,12 +30,12 @@ class OverloadNotice:
         self._file = folder / f"integrated_gradients_{server}.notice"
         self._until, self._rows = 0.0, 0.0
 
-    def post(self, rows: int) -> None:
-        """A request of so many gradients an image has just been refused."""
+    def post(self, rows: int, seconds: float = SECONDS) -> None:
+        """A request of so many gradients an image has just been refused, and so long there is likely no room."""
         now = time.monotonic()
         if now < self._until and self._rows < rows:
             return  # the word that is out says more, and must not be kept up by less
-        self._until, self._rows = now + SECONDS, float(rows)
+        self._until, self._rows = now + min(max(seconds, SECONDS), MOST_SECONDS), float(rows)
         with contextlib.suppress(OSError):  # it spares work, and nothing depends on it
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
