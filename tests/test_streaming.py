@@ -200,7 +200,7 @@ def test_more_streams_than_the_server_takes_are_refused_and_the_others_answered(
     with ThreadPoolExecutor(70) as pool:
         heards = list(pool.map(lambda _: Stream(server, [image], outputs=["N_STEPS"], n_steps=8).hear(), range(70)))
     refused = [heard for heard in heards if heard.error is not None]
-    assert 1 <= len(refused) <= 6
+    assert 1 <= len(refused) <= 6, {str(heard.error) for heard in refused}
     assert all("the most streams that this server takes, 64," in heard.error.message() for heard in refused)
     assert all(heard.responses[-1]["N_STEPS"][0, 0] == 8 for heard in heards if heard.error is None)
     assert Stream(server, [image], n_steps=1).hear().error is None

@@ -100,7 +100,7 @@ class TritonPythonModel:
         self.under_way, self.lock = 0, threading.Lock()
         self.family = _counters()
         self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.metrics = {}
+        self.metrics, self.metrics_lock = {}, threading.Lock()
 
     def finalize(self):
         self.predictions.shutdown()
@@ -154,10 +154,11 @@ class TritonPythonModel:
         """Tell Triton's metrics of a stream that is over."""
         if self.family is None:
             return
-        with self.lock:
+        # One after the other: a metric that two threads tell of at once makes Triton 2.51 read memory that is gone.
+        with self.metrics_lock:
             if outcome not in self.metrics:
                 self.metrics[outcome] = self.family.Metric(labels={**self.labels, "outcome": outcome})
-        self.metrics[outcome].increment(1)
+            self.metrics[outcome].increment(1)
 
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
         """The outputs of each response to a stream, and whether it is the last.

@@ -1,7 +1,8 @@
 """What the gradients tell Prometheus, through the metrics of the server they run in.
 
 Counts are kept here and handed on once in a while: telling the server of one takes as long as a few rows of a GPU.
-Triton 2.51 has counters and gauges; a histogram is written as the counters that Prometheus makes of one.
+One thread does it, since two that tell of the same metric at once make Triton 2.51 read memory that is gone. It has
+counters and gauges; a histogram is written as the counters that Prometheus makes of one.
 """
 
 from __future__ import annotations
