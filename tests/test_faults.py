@@ -311,6 +311,7 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert max(row["accepted_seconds"]) < 2 * (5 + 2 + 1)
 
 
+@pytest.mark.slow
 def test_two_minutes_of_everything_leave_nothing_wrong(tmp_path):
     with EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log") as server:
         found = soak(server, 120)
