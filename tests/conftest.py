@@ -15,6 +15,9 @@ from tools.refusals import encode as encode
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
 
+# Once `tools` has been imported: the models' modules go by their own names.
+from attribution_engine import IntegratedGradients, Job  # isort: skip
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION_TRANSFORM = transforms.Compose(
     [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
@@ -59,6 +62,17 @@ def eager_model_float64() -> torch.nn.Module:
 def served_module() -> torch.jit.ScriptModule:
     """What `tools/export` writes, loaded as the models load it."""
     return torch.jit.script(build_served(load_source("shapes").module)).eval()
+
+
+@pytest.fixture
+def engine(served_module) -> IntegratedGradients:
+    return IntegratedGradients(served_module)
+
+
+def small_job(n_steps: int, seed: int = 0, **options) -> Job:
+    """Of an image of 32 x 32 random pixels, which is soon explained."""
+    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return Job(image, torch.zeros_like(image), 4, n_steps, **options)
 
 
 def untrained(architecture: str, classes: int) -> torch.nn.Module:

@@ -28,11 +28,6 @@ class FakeTime:
 
 
 @pytest.fixture
-def engine(served_module):
-    return IntegratedGradients(served_module)
-
-
-@pytest.fixture
 def fake_time(engine, monkeypatch):
     fake = FakeTime(engine)
     monkeypatch.setattr(attribution_engine, "time", fake)

@@ -7,19 +7,9 @@ import queue
 
 import pytest
 import torch
-from attribution_engine import IntegratedGradients, Job
-from conftest import relative_distance
+from attribution_engine import IntegratedGradients
+from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker
-
-
-def job(n_steps, seed=0, **options) -> Job:
-    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    return Job(image, torch.zeros_like(image), 4, n_steps, **options)
-
-
-@pytest.fixture
-def engine(served_module):
-    return IntegratedGradients(served_module)
 
 
 def fail_passes(engine, fails):
@@ -42,7 +32,7 @@ def test_a_chunk_without_memory_is_halved_until_it_fits(served_module, options):
     from tools.measuring import load_engine
 
     engine = load_engine(torch.device("cpu"), "ieee")
-    jobs = [job(seed=seed, **{"n_steps": 200, **options}) for seed in range(2)]
+    jobs = [small_job(seed=seed, **{"n_steps": 200, **options}) for seed in range(2)]
     expected = engine.explain(jobs)
     sizes = fail_passes(engine, lambda count: torch.OutOfMemoryError("none left") if count > 3 else None)
     for found, wanted in zip(engine.explain(jobs), expected):
@@ -54,7 +44,7 @@ def test_a_chunk_without_memory_is_halved_until_it_fits(served_module, options):
 def test_memory_that_comes_back_is_used_again(engine):
     failures = iter([torch.OutOfMemoryError("none left")])
     sizes = fail_passes(engine, lambda count: next(failures, None))
-    engine.explain([job(24)])
+    engine.explain([small_job(24)])
     assert sizes == [4, 7, 7, 6] or (sizes[0] == 4 and max(sizes) > 4)
 
 
@@ -64,10 +54,10 @@ def test_no_memory_for_a_single_row_fails_what_is_under_way_alone(engine):
     done: queue.Queue = queue.Queue()
     worker = GradientWorker(engine, torch.device("cpu"), 60, 100)
     try:
-        worker.submit([job(8)], lambda *found: done.put(found))
+        worker.submit([small_job(8)], lambda *found: done.put(found))
         assert isinstance(done.get(timeout=20)[1], torch.OutOfMemoryError)
         fails["now"] = False
-        worker.submit([job(8)], lambda *found: done.put(found))
+        worker.submit([small_job(8)], lambda *found: done.put(found))
         assert done.get(timeout=20)[1].n_steps == 8
     finally:
         worker.close()
@@ -76,9 +66,9 @@ def test_no_memory_for_a_single_row_fails_what_is_under_way_alone(engine):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")
 def test_passes_that_cannot_be_captured_run_one_by_one_and_say_so_once(served_module, caplog):
     engine = IntegratedGradients(served_module, capture=True)
-    (expected,) = IntegratedGradients(served_module).explain([job(20)])
+    (expected,) = IntegratedGradients(served_module).explain([small_job(20)])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            (found,) = engine.explain([job(20)])
+            (found,) = engine.explain([small_job(20)])
             assert relative_distance(found.attributions, expected.attributions) <= 1e-5
     assert sum("no CUDA graphs" in record.message for record in caplog.records) == 1

@@ -11,7 +11,8 @@ import urllib.request
 import pytest
 
 from tools.paths import MODEL_REPOSITORY, ROOT
-from tools.server import SHARED_MEMORY, EmbeddedServer, Ports, ServerError
+from tools.server import EmbeddedServer, Ports, ServerError
+from tools.triton_process import SHARED_MEMORY
 
 
 @pytest.fixture

@@ -24,11 +24,12 @@ from test_serving import infer
 
 from explain_client import ExplainClient, ExplainError
 from tools.bench.overload import measure, with_settings
-from tools.bench.server import session
+from tools.bench.processes import session
 from tools.bench.soak import soak
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.server import EmbeddedServer, Ports
-from tools.supervisor import ServerError, Watch, supervise
+from tools.supervisor import Watch, supervise
+from tools.triton_process import ServerError
 
 STUBBED = ("preprocess", "classifier", "integrated_gradients", "heatmap", "explain_stream")
 # How soon the next good request must be answered.
@@ -150,7 +151,7 @@ def test_it_gives_up_after_a_bound(tmp_path):
         with pytest.raises(
             ServerError, match="gave up after 2 restarts within 600 s; the last time: Triton ended with"
         ):
-            supervise(server, "127.0.0.1", watch, said.append)
+            supervise(server, watch, said.append)
         thread.join(10)
     assert said[0].endswith("restart 1 of at most 2 in 0.1 s")
 

@@ -7,19 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from attribution_engine import Explanation, IntegratedGradients, Job
-from conftest import relative_distance
+from attribution_engine import Explanation
+from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker, OverloadedError
-
-
-def job(n_steps, seed=0, **options) -> Job:
-    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    return Job(image, torch.zeros_like(image), 4, n_steps, **options)
-
-
-@pytest.fixture
-def engine(served_module):
-    return IntegratedGradients(served_module)
 
 
 @contextmanager
@@ -51,7 +41,7 @@ class Held:
 
 def test_jobs_that_come_join_those_under_way_and_the_short_overtake(engine):
     held, done = Held(engine), queue.Queue()
-    long, short = job(200), job(5, seed=1)
+    long, short = small_job(200), small_job(5, seed=1)
     with working(engine) as worker:
         worker.submit([long], lambda number, found: done.put(("long", found)))
         assert held.begun.wait(10)
@@ -68,8 +58,8 @@ def test_jobs_that_come_join_those_under_way_and_the_short_overtake(engine):
 
 def test_a_long_job_is_overtaken_only_until_it_is_due(engine):
     done = []
-    long = job(30)
-    shorts = (job(10, seed) for seed in range(1, 100))
+    long = small_job(30)
+    shorts = (small_job(10, seed) for seed in range(1, 100))
     for finished, _ in engine.explain_as_done([long], arrivals=lambda: [next(shorts)]):
         done.append(finished.n_steps)
         if finished is long:
@@ -79,7 +69,7 @@ def test_a_long_job_is_overtaken_only_until_it_is_due(engine):
 
 
 def test_parameters_places_and_results_belong_together(engine):
-    jobs, found = [job(3 + index, seed=index) for index in range(6)], {}
+    jobs, found = [small_job(3 + index, seed=index) for index in range(6)], {}
     with working(engine) as worker:
         worker.submit(jobs, found.__setitem__)
     assert [found[number].n_steps for number in range(6)] == [3, 4, 5, 6, 7, 8]
@@ -88,9 +78,9 @@ def test_parameters_places_and_results_belong_together(engine):
 def test_more_images_than_may_wait_are_not_taken(engine):
     held, done = Held(engine), []
     with working(engine, max_waiting=2) as worker:
-        worker.submit([job(3)] * 3, lambda *found: done.append(found))  # a request alone is never too large
+        worker.submit([small_job(3)] * 3, lambda *found: done.append(found))  # a request alone is never too large
         with pytest.raises(OverloadedError, match="3 images wait for their gradients, and at most 2 may"):
-            worker.submit([job(3)], lambda *found: done.append("taken"))
+            worker.submit([small_job(3)], lambda *found: done.append("taken"))
         held.let_go.set()
     assert [number for number, _ in done] == [0, 1, 2]
 
@@ -99,24 +89,24 @@ def test_what_would_wait_too_long_by_the_pace_of_late_is_not_taken(engine):
     held, done = Held(engine), []
     held.let_go.set()
     with working(engine, max_wait_seconds=0.05) as worker:
-        worker.submit([job(40)], lambda *found: done.append(found))  # nothing is known of the pace
+        worker.submit([small_job(40)], lambda *found: done.append(found))  # nothing is known of the pace
         while not done:
             time.sleep(0.01)
         held.let_go.clear()
         held.begun.clear()
-        worker.submit([job(1000)], lambda *found: done.append(found))
+        worker.submit([small_job(1000)], lambda *found: done.append(found))
         assert held.begun.wait(10)
         with pytest.raises(OverloadedError, match=r"take about [\d.]+ s, and at most 0.05 s may be waited"):
-            worker.submit([job(1001)], lambda *found: done.append("taken"))
-        worker.submit([job(5)], lambda *found: done.append(found))  # which overtakes it
+            worker.submit([small_job(1001)], lambda *found: done.append("taken"))
+        worker.submit([small_job(5)], lambda *found: done.append(found))  # which overtakes it
         held.let_go.set()
     assert [found.n_steps for _, found in done] == [40, 5, 1000]
 
 
 def test_a_job_that_has_not_started_in_time_is_given_up(engine):
     done = []
-    waiting = job(5, seed=1, start_by=time.monotonic() - 1)
-    kept = job(5)
+    waiting = small_job(5, seed=1, start_by=time.monotonic() - 1)
+    kept = small_job(5)
     for finished, explanation in engine.explain_as_done([kept, waiting]):
         done.append((finished, explanation is not None))
     assert sorted(kept is finished for finished, _ in done) == [False, True]
@@ -127,11 +117,11 @@ def test_a_failing_pass_fails_the_jobs_under_way_and_no_later_one(engine):
     held, done = Held(engine), queue.Queue()
     held.failure = ArithmeticError("no such number")
     with working(engine) as worker:
-        worker.submit([job(20), job(30, seed=1)], lambda *found: done.put(found))
+        worker.submit([small_job(20), small_job(30, seed=1)], lambda *found: done.put(found))
         assert held.begun.wait(10)
-        worker.submit([job(4)], lambda *found: done.put(found))  # not under way yet
+        worker.submit([small_job(4)], lambda *found: done.put(found))  # not under way yet
         held.let_go.set()
         found = [done.get(timeout=30) for _ in range(3)]
     assert [number for number, _ in found] == [0, 1, 0]
     assert [type(result) for _, result in found] == [ArithmeticError, ArithmeticError, Explanation]
-    assert engine.rows_before(job(4)) == 0
+    assert engine.rows_before(small_job(4)) == 0

@@ -15,6 +15,7 @@ import re
 import struct
 import sys
 import time
+from collections.abc import Mapping
 
 # A PNG of 8 x 8 grey pixels.
 IMAGE = base64.b64decode(
@@ -70,22 +71,12 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
     # Whoever gave up is not worked for: a probe must not add to the load that it finds.
     given_up = {"timeout": int(1e6 * seconds)}
     header = json.dumps({"inputs": [content], "outputs": [wanted], "parameters": {**parameters, **given_up}}).encode()
-    connection = http.client.HTTPConnection(host, port, timeout=seconds)
-    try:
-        path = f"/v2/models/{model}/infer"
-        connection.request("POST", path, header + image, {"Inference-Header-Content-Length": str(len(header))})
-        answer = connection.getresponse()
-        body = answer.read()
-    except TimeoutError:
-        raise NoAnswerError(f"{model} did not answer in {seconds:g} s") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ProbeError(f"{host}:{port} does not answer: {error!r}") from None
-    finally:
-        connection.close()
-    if answer.status == 503 and OVERLOADED.encode() in body:
+    headers = {"Inference-Header-Content-Length": str(len(header))}
+    status, body = _ask(host, port, seconds, "POST", f"/v2/models/{model}/infer", header + image, headers)
+    if status == 503 and OVERLOADED.encode() in body:
         raise OverloadedError(f"{model} {OVERLOADED}")
-    if answer.status != 200:
-        raise ProbeError(f"{model} answers {answer.status}: {body[:300].decode(errors='replace')}")
+    if status != 200:
+        raise ProbeError(f"{model} answers {status}: {body[:300].decode(errors='replace')}")
 
 
 def probe_patiently(host: str, port: int, metrics_port: int, model: str = "explain", seconds: float = 5.0) -> None:
@@ -114,16 +105,9 @@ def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
         NoAnswerError: it did not answer in time.
         ProbeError: it answered something else, or cannot be reached.
     """
-    connection = http.client.HTTPConnection(host, port, timeout=seconds)
-    try:
-        connection.request("POST", "/v2/models/explain_stream/generate_stream", json.dumps({"IMAGE": "no image"}))
-        body = connection.getresponse().read().decode(errors="replace")
-    except TimeoutError:
-        raise NoAnswerError(f"explain_stream did not answer in {seconds:g} s") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ProbeError(f"{host}:{port} does not answer: {error!r}") from None
-    finally:
-        connection.close()
+    request = json.dumps({"IMAGE": "no image"}).encode()
+    _, answer = _ask(host, port, seconds, "POST", "/v2/models/explain_stream/generate_stream", request)
+    body = answer.decode(errors="replace")
     if not any(beginning in body for beginning in STREAM_ANSWERS):
         raise ProbeError(f"explain_stream answers {body[:300]}")
 
@@ -154,24 +138,48 @@ def _hanging(before: Counts, after: Counts, is_stuck: bool) -> str | None:
 
 def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
     """For each model of a chain, how much it has done and how much waits for it."""
-    connection = http.client.HTTPConnection(host, port, timeout=seconds)
-    try:
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-    except (OSError, http.client.HTTPException) as error:
-        raise ProbeError(f"{host}:{port} gives no metrics: {error!r}") from None
-    finally:
-        connection.close()
-    found = {}
-    series = re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    found, series = {}, read_metrics(host, port, seconds)
     for each in CHAINS[model]:
         done_names = GRADIENTS_DONE if each == "integrated_gradients" else DONE
         own = [(name, value) for name, labels, value in series if f'model="{each}"' in labels or name.startswith(each)]
         found[each] = (
-            sum(int(float(value)) for name, value in own if name in done_names),
-            sum(int(float(value)) for name, value in own if name in PENDING),
+            sum(int(value) for name, value in own if name in done_names),
+            sum(int(value) for name, value in own if name in PENDING),
         )
     return found
+
+
+def read_metrics(host: str, port: int, seconds: float = 10.0) -> list[tuple[str, str, float]]:
+    """Name, labels as they are written, and value of each of a server's metrics that has labels.
+
+    Raises:
+        ProbeError: there is no answer.
+    """
+    _, body = _ask(host, port, seconds, "GET", "/metrics")
+    series = re.findall(r"^(\w+)\{(.*)\} (\S+)$", body.decode(), re.MULTILINE)
+    return [(name, labels, float(value)) for name, labels, value in series]
+
+
+def _ask(
+    host: str, port: int, seconds: float, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}
+) -> tuple[int, bytes]:
+    """Status and body of an answer over HTTP.
+
+    Raises:
+        NoAnswerError: there was none in time.
+        ProbeError: the server cannot be reached, or breaks off.
+    """
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
+    try:
+        connection.request(method, path, body, dict(headers))
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except TimeoutError:
+        raise NoAnswerError(f"{host}:{port}{path} did not answer in {seconds:g} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ProbeError(f"{host}:{port} does not answer: {error!r}") from None
+    finally:
+        connection.close()
 
 
 def main() -> None:

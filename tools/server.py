@@ -24,21 +24,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tools import triton_options
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.supervisor import ServerError, Watch, supervise
+from tools.supervisor import Watch, supervise
 from tools.triton_options import ADMIN_HEADER, server_options
+from tools.triton_process import ServerError, TritonProcess
 
 HOST = "127.0.0.1"
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Ports(triton_options.Ports):
             return cls(*(each.getsockname()[1] for each in sockets))
 
 
-class EmbeddedServer:
+class EmbeddedServer(TritonProcess):
     """A running Triton server as a context manager.
 
     Args:
@@ -87,12 +83,9 @@ class EmbeddedServer:
         stop_seconds: int = 30,
         options: Sequence[str] = (),
     ) -> None:
-        self.repository, self.ports, self.log_file = repository, ports, log_file
-        self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
-        self.options = options
-        self.process: subprocess.Popen | None = None
-        # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
-        self.region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
+        super().__init__(HOST, ports, start_seconds, stop_seconds)
+        self.repository, self.log_file, self.options = repository, log_file, options
+        self.log_hint = f"; see {log_file}"
         self._admin_key = secrets.token_urlsafe(32)
 
     @property
@@ -132,29 +125,10 @@ class EmbeddedServer:
         """
         self._check_ports()
         self._folder = tempfile.TemporaryDirectory(prefix="embedded-triton-")
-        try:
-            self._start()
-            self._wait_until_ready()
-        except BaseException:
-            self.stop(0)
-            raise
+        super().start()
 
     def stop(self, grace_seconds: float | None = None) -> None:
-        """End every process of the server and remove its shared memory.
-
-        Args:
-            grace_seconds: how long requests in flight may take to finish; None: as long as the server was made for.
-        """
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # Triton 2.51 gives up by itself after its exit timeout, or crashes and stays.
-                self.process.wait(self.stop_seconds + 3 if grace_seconds is None else grace_seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
-            self.process.wait()
-        self.remove_shared_memory()
+        super().stop(grace_seconds)
         self._folder.cleanup()
 
     def _check_ports(self) -> None:
@@ -168,12 +142,11 @@ class EmbeddedServer:
                         f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
                     ) from None
 
-    def _start(self) -> None:
+    def _launch(self) -> subprocess.Popen:
         command, environment = self.command_line(Path(self._folder.name))
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("wb" if self.process is None else "ab") as log:
-            # A session of its own: a terminal's Ctrl-C reaches this process alone, which then stops the server.
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
@@ -188,7 +161,7 @@ class EmbeddedServer:
         command = [
             str(server / "bin" / "tritonserver"),
             f"--backend-directory={_assemble_backends(server, folder)}",
-            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
+            self.region_option,
             "--model-control-mode=none",
             *server_options(self.repository, HOST, self.ports, self._admin_key, self.stop_seconds),
             *self.options,
@@ -201,31 +174,6 @@ class EmbeddedServer:
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
         }
         return command, environment
-
-    def remove_shared_memory(self) -> None:
-        """Remove what a server that was killed has left."""
-        left = [*SHARED_MEMORY.glob(f"{self.region_prefix}*")]
-        if self.process is not None:
-            left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice")
-        for region in left:
-            region.unlink(missing_ok=True)
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self.start_seconds
-        while not self.is_ready():
-            if self.process.poll() is not None:
-                raise ServerError(self._failure())
-            if time.monotonic() > deadline:
-                raise ServerError(f"the server was not ready after {self.start_seconds:.0f} s; see {self.log_file}")
-            time.sleep(0.1)
-
-    def is_ready(self) -> bool:
-        """Whether the server says that all models are loaded."""
-        try:
-            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
 
     def _failure(self) -> str:
         """Why the server ended before it was ready, from its log."""
@@ -299,7 +247,7 @@ def main() -> None:
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
             watch = Watch(most_restarts=arguments.most_restarts)
-            supervise(server, HOST, watch, say=lambda message: print(f"server: {message}", flush=True))
+            supervise(server, watch, say=lambda message: print(f"server: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:

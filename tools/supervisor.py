@@ -10,31 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from tools.probe import ProbeError, probe_patiently
-from tools.triton_options import Ports
-
-
-class ServerError(Exception):
-    """The server cannot run; the message is one sentence that says why."""
-
-
-class Server(Protocol):
-    """A server that can be started more than once."""
-
-    ports: Ports
-    process: subprocess.Popen
-
-    def start(self) -> None:
-        """Start it and wait until it is ready.
-
-        Raises:
-            ServerError: it cannot start.
-        """
-
-    def stop(self, grace_seconds: float | None = None) -> None:
-        """Stop it; requests in flight have that long to finish, by default as long as the server was made for."""
+from tools.triton_process import ServerError, TritonProcess
 
 
 @dataclass(frozen=True)
@@ -56,14 +34,11 @@ class Watch:
     window: float = 600.0
 
 
-def supervise(
-    server: Server, host: str, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None
-) -> None:
+def supervise(server: TritonProcess, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None) -> None:
     """Watch a server that runs; returns never.
 
     Args:
         server: started.
-        host: where it listens.
         watch: how closely to look.
         say: called with a sentence about each restart.
 
@@ -73,7 +48,7 @@ def supervise(
     restarts: deque[float] = deque()
     pause = watch.first_pause
     while True:
-        reason, was_well = trouble(server, host, watch)
+        reason, was_well = trouble(server, watch)
         server.stop(watch.grace)
         if was_well:
             pause = watch.first_pause
@@ -97,7 +72,7 @@ def supervise(
                 reason = str(failure)
 
 
-def trouble(server: Server, host: str, watch: Watch) -> tuple[str, bool]:
+def trouble(server: TritonProcess, watch: Watch) -> tuple[str, bool]:
     """Wait until something is wrong with a server; returns what, and whether it had been well before."""
     failures, was_well = 0, False
     while True:
@@ -107,7 +82,7 @@ def trouble(server: Server, host: str, watch: Watch) -> tuple[str, bool]:
         except subprocess.TimeoutExpired:
             pass
         try:
-            probe_patiently(host, server.ports.http, server.ports.metrics, seconds=watch.probe_seconds)
+            probe_patiently(server.host, server.ports.http, server.ports.metrics, seconds=watch.probe_seconds)
             failures, was_well = 0, True
         except ProbeError as failure:
             failures += 1

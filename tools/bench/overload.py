@@ -24,7 +24,7 @@ import tritonclient.grpc
 from tqdm import tqdm
 
 from tools.bench.load import jpeg_images, run_block, triton_asker
-from tools.bench.server import MemoryWatch
+from tools.bench.processes import memory_sampler
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, write_report
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
@@ -128,7 +128,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
 
         thread = threading.Thread(target=predict)
         thread.start()
-        with MemoryWatch(server.process.pid) as memory:
+        with memory_sampler(server.process.pid) as memory:
             seen = open_loop(url, images, factor * capacity, seconds, parameters)
         is_over.set()
         thread.join()
@@ -142,7 +142,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
                 "accepted_per_second": len(seen.accepted) / seen.elapsed,
                 "classify_seconds": predictions,
                 "classify_failures": len(failures),
-                "memory_mb": memory.peak_mb,
+                "memory_mb": max(memory.samples),
             }
         )
     return {"capacity": capacity, "classify_idle_seconds": idle, "rows": rows}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
 import time
-import urllib.request
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from tools.bench.load import run_block, triton_asker
 from tools.measuring import timed
+from tools.probe import read_metrics
 from tools.server import EmbeddedServer
 from tools.shapes.dataset import draw_scene
 
@@ -109,10 +108,9 @@ def _told(server: EmbeddedServer, client: tritonclient.grpc.InferenceServerClien
         statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
         found |= {f"{model} {part}": getattr(statistics, part).ns / 1e6 for part in PARTS}
     time.sleep(METRICS_SECONDS)
-    text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+    series = read_metrics(server.host, server.ports.metrics)
     for name, metric in (("gradients", "compute_seconds"), ("gradients wait", "wait_seconds")):
-        values = re.findall(rf"^integrated_gradients_{metric}_sum\{{.*\}} (\S+)$", text, re.MULTILINE)
-        found[name] = 1e3 * sum(map(float, values))
+        found[name] = 1e3 * sum(value for each, _, value in series if each == f"integrated_gradients_{metric}_sum")
     return found
 
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from tools.bench.load import Ask, jpeg_images, run_block, saturated, triton_asker
+from tools.bench.processes import memory_sampler
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS, ROOT
@@ -84,50 +84,6 @@ class BaselineService:
         return ask
 
 
-class MemoryWatch:
-    """The most memory of their own that a process and its descendants have had at once, sampled.
-
-    Without files that are mapped, and read from where the kernel keeps it counted: to add up shares of pages would take
-    a tenth of the machine.
-    """
-
-    def __init__(self, process: int) -> None:
-        self._process, self.peak_mb = process, 0.0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._is_over.wait(0.5):
-            self.peak_mb = max(self.peak_mb, sum(map(own_mb, session(self._process))))
-
-
-def session(leader: int) -> Iterator[int]:
-    """The processes of a session."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                yield int(folder.name)
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-
-
-def own_mb(process: int) -> float:
-    """Memory that is no mapped file, as `MemoryWatch` counts it."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))) / 1e3
-
-
 def measure_throughput(
     service: BaselineService, server: EmbeddedServer, images: list[bytes], clients: list[int], seconds: float
 ) -> list[dict[str, Any]]:
@@ -146,7 +102,7 @@ def measure_throughput(
     for count, name in tqdm(cells, desc="clients x contenders"):
         process = service.process.pid if name == BASELINE else server.process.pid
         requests = max(2 * count, round(seconds / pace[name]))
-        with MemoryWatch(process) as memory:
+        with memory_sampler(process) as memory:
             block = run_block(askers[name], count, requests)
         rows.append(
             {
@@ -156,7 +112,7 @@ def measure_throughput(
                 "per_second": requests / block.elapsed,
                 "seconds": block.seconds,
                 "bytes": float(np.mean(block.sizes)),
-                "memory_mb": memory.peak_mb,
+                "memory_mb": max(memory.samples),
             }
         )
     return rows

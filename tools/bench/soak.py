@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import jpeg_images
-from tools.bench.server import own_mb, session
+from tools.bench.processes import Sampler, own_mb, session
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
-from tools.server import SHARED_MEMORY, EmbeddedServer, Ports
+from tools.server import EmbeddedServer, Ports
+from tools.triton_process import SHARED_MEMORY
 
 # Gradients a second that are asked, on average; 2 CPU cores take some 28.
 GRADIENTS_PER_SECOND = 19.0
@@ -179,38 +180,16 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
     return count
 
 
-class Watch:
-    """What the server's processes hold, every few seconds."""
-
-    def __init__(self, server: EmbeddedServer) -> None:
-        self._server, self.samples = server, []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        started = time.monotonic()
-        while True:
-            processes = list(session(self._server.process.pid))
-            regions = SHARED_MEMORY.glob(f"{self._server.region_prefix}*")
-            self.samples.append(
-                {
-                    "seconds": time.monotonic() - started,
-                    "memory_mb": sum(map(own_mb, processes)),
-                    "threads": sum(_entries(process, "task") for process in processes),
-                    "files": sum(_entries(process, "fd") for process in processes),
-                    "shared_mb": sum(region.stat().st_blocks * 512 for region in regions) / 1e6,
-                }
-            )
-            if self._is_over.wait(WATCH_EVERY):
-                return
+def held(server: EmbeddedServer) -> dict[str, float]:
+    """What the server's processes hold now."""
+    processes = list(session(server.process.pid))
+    regions = SHARED_MEMORY.glob(f"{server.region_prefix}*")
+    return {
+        "memory_mb": sum(map(own_mb, processes)),
+        "threads": sum(_entries(process, "task") for process in processes),
+        "files": sum(_entries(process, "fd") for process in processes),
+        "shared_mb": sum(region.stat().st_blocks * 512 for region in regions) / 1e6,
+    }
 
 
 def _entries(process: int, name: str) -> int:
@@ -264,8 +243,8 @@ def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any
     """Run it; what was wrong is in ``wrong``."""
     images = jpeg_images()[:4]
     traffic = Traffic(server.grpc_url, images)
-    with Watch(server) as watch:
-        started = time.monotonic()
+    started = time.monotonic()
+    with Sampler(lambda: {"seconds": time.monotonic() - started, **held(server)}, WATCH_EVERY) as watch:
         requests = run(traffic, seconds, seed)
         elapsed = time.monotonic() - started
     grown = growth(watch.samples)

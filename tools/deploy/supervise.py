@@ -6,70 +6,30 @@ those of `serve.py`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
-import uuid
-from pathlib import Path
 
 from tools.deploy.serve import SettingError, command, ports, stop_seconds
-from tools.supervisor import ServerError, supervise
+from tools.supervisor import supervise
 from tools.triton_options import ENVIRONMENT, Ports
+from tools.triton_process import ServerError, TritonProcess
 
 START_SECONDS = 300.0
 HOST = "127.0.0.1"
-SHARED_MEMORY = Path("/dev/shm")
 
 
-class ContainerServer:
-    """Triton as `serve.py` would start it, as a process of its own.
+class ContainerServer(TritonProcess):
+    """Triton as `serve.py` would start it, as a process of its own; ``words`` are its command line."""
 
-    Args:
-        words: its command line.
-        ports: where it listens.
-        stop_seconds: how long requests in flight may take to finish.
-    """
+    def __init__(self, words: list[str], ports: Ports, stop_seconds: int) -> None:
+        super().__init__(HOST, ports, START_SECONDS, stop_seconds)
+        self._words = words
 
-    def __init__(self, words: list[str], ports: Ports, stop_seconds: float) -> None:
-        self.words, self.ports, self.stop_seconds = words, ports, stop_seconds
-        self._region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
-
-    def start(self) -> None:
-        words = [*self.words, f"--backend-config=python,shm-region-prefix-name={self._region_prefix}"]
-        self.process = subprocess.Popen(words, env={**ENVIRONMENT, **os.environ}, start_new_session=True)
-        until = time.monotonic() + START_SECONDS
-        while not self._is_ready():
-            if self.process.poll() is not None:
-                raise ServerError(f"Triton ended with code {self.process.returncode} before it was ready")
-            if time.monotonic() > until:
-                self.stop(0)
-                raise ServerError(f"Triton was not ready after {START_SECONDS:g} s")
-            time.sleep(0.2)
-
-    def stop(self, grace_seconds: float | None = None) -> None:
-        seconds = self.stop_seconds + 3 if grace_seconds is None else grace_seconds
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # stubs that outlived it, or all of them
-        self.process.wait()
-        # What a killed process has left, which the container would keep.
-        left = [*SHARED_MEMORY.glob(f"{self._region_prefix}*")]
-        for region in (*left, SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice"):
-            region.unlink(missing_ok=True)
-
-    def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.ports.http}/v2/health/ready", timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
+    def _launch(self) -> subprocess.Popen:
+        environment = {**ENVIRONMENT, **os.environ}
+        return subprocess.Popen([*self._words, self.region_option], env=environment, start_new_session=True)
 
 
 def main() -> None:
@@ -86,7 +46,7 @@ def main() -> None:
         signal.signal(number, stop)
     try:
         server.start()
-        supervise(server, HOST, say=lambda message: print(f"supervise: {message}", flush=True))
+        supervise(server, say=lambda message: print(f"supervise: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"supervise: {error}")
     except KeyboardInterrupt:

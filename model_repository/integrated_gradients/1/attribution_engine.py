@@ -448,7 +448,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         # Each pass ends with a row for the next, and one way, between two numbers of steps, is none.
         return rows - overlap * (math.ceil(rows / self.max_rows) + 1)
 
-    def _draw(self, schedule: _Schedule) -> list[_Task]:
+    def _draw(self, schedule: _Schedule) -> None:
         """Begin the paths whose rows come up."""
         while (task := schedule.next_to_draw()) is not None:
             sharing = schedule.in_a_hurry + (task.job.deadline is None)
