@@ -47,5 +47,7 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
     ]
 
 
-# Threads of one model that spin for work take cores from the others: 5 ms of an explanation on 2 cores.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# How often OpenMP's threads look for work before they sleep. A layer is some milliseconds, and the next follows within
+# microseconds: threads that sleep between layers lose a tenth of a pass, and those that spin for long (300,000 by
+# default, as long as they are no more than cores) take the cores from the other models.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
