@@ -37,6 +37,12 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
                     f"`{row['contender']}`, {clients} clients: {times:.2f} times the explanations a second of "
                     f"{server.BASELINE}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
                 )
+        if profile := report.get("engine", {}).get("profile"):
+            least = server.N_STEPS * profile["gflop_per_row"] / profile["matrix_product_peak_gflop_per_second"]
+            yield (
+                f"What bounds it at {server.N_STEPS} steps, {clients} clients: gradients at the rate of a large matrix "
+                f"product here, and nothing else to do, would be {1 / least / base['per_second']:.2f} times as many."
+            )
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
         yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."

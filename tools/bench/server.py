@@ -33,12 +33,13 @@ from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS, ROOT
 from tools.server import HOST, EmbeddedServer, Ports
 
-BASELINE = "FastAPI + Captum, 50 steps"
+N_STEPS = 50
+BASELINE = f"FastAPI + Captum, {N_STEPS} steps"
 # Requests of the first block of a contender serve as warm-up.
 WARM_UPS = 2
 ATTRIBUTIONS, HEATMAP = ("PROBABILITIES", "ATTRIBUTIONS", "CONVERGENCE_DELTA"), ("PROBABILITIES", "HEATMAP")
 CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "explain, 50 steps": (ATTRIBUTIONS, {"n_steps": 50}),
+    f"explain, {N_STEPS} steps": (ATTRIBUTIONS, {"n_steps": N_STEPS}),
     "explain, calibrated, 16 steps": (ATTRIBUTIONS, {"method": "calibrated", "n_steps": 16}),
     "explain, tolerance 0.02": (ATTRIBUTIONS, {"tolerance": "0.02"}),
     "explain, tolerance 0.05, heatmap": (HEATMAP, {"tolerance": "0.05"}),

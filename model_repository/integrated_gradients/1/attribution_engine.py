@@ -445,8 +445,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         rows = self._clocks[bool(overlap)].rows_within(seconds / sharing, self.max_rows)
         if rows is None:
             return 0
-        # Each pass ends with a row for the next, and one way, between two numbers of steps, is none.
-        return rows - overlap * (math.ceil(rows / self.max_rows) + 1)
+        return rows - overlap * math.ceil(rows / self.max_rows)  # each pass ends with a row for the next
 
     def _draw(self, schedule: _Schedule) -> None:
         """Begin the paths whose rows come up."""

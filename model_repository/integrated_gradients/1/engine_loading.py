@@ -12,7 +12,7 @@ from path_density import PathDensity
 
 PRECISIONS = ("tf32", "float16", "ieee")
 # Rows a chunk on a CPU: see the table in README.md beside this folder.
-CPU_MAX_ROWS = 8
+CPU_MAX_ROWS = 9
 # On a GPU: at most so many rows, and at most this share of the memory that is free.
 GPU_MAX_ROWS = 64
 GPU_MEMORY_SHARE = 0.25

@@ -124,9 +124,10 @@ class LadderRule(_Rule):
         self._coarse: Tensor | None = None
         self._coarse_steps, self._fine_steps = pilot, planned
         coarse, fine = edges(pilot), edges(planned)
-        weights = torch.zeros(2, pilot + 1 + planned, dtype=torch.float64)  # none for the way from one to the other
-        weights[0, :pilot], weights[1, pilot + 1 :] = coarse.diff(), fine.diff()
-        self._begin(torch.cat((coarse, fine)).to(device), weights)
+        # There and back: the pilot ends where what it serves begins, and no row is between the two.
+        weights = torch.zeros(2, pilot + planned, dtype=torch.float64)
+        weights[0, :pilot], weights[1, pilot:] = coarse.diff(), fine.diff().flip(0)
+        self._begin(torch.cat((coarse, fine.flip(0)[1:])).to(device), weights)
 
     def refine(self, judge: Judge, affordable: float = math.inf) -> bool:
         """Judge the stage that is complete; whether there is another one, of at most so many affordable steps."""
