@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
@@ -308,11 +309,10 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert row["refused_seconds"]
     assert len(row["accepted_seconds"]) + len(row["refused_seconds"]) == row["offered"]
     assert all(message.startswith("UNAVAILABLE integrated_gradients is overloaded") for message in row["errors"])
-    # What it was judged by when it was taken, its own computing, and the time that it may be held before.
-    assert max(row["accepted_seconds"]) < 2 * (5 + 2 + 1)
+    # The wait that it is judged by, its own computing, and what comes before and after the gradients.
+    assert np.percentile(row["accepted_seconds"], 99) < 5 + row["computing_p99_at_most"] + 1
 
 
-@pytest.mark.slow
 def test_two_minutes_of_everything_leave_nothing_wrong(tmp_path):
     with EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log") as server:
         found = soak(server, 120)

@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 from tools.bench.load import jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
+from tools.bench.scaling import METRICS_SECONDS
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, write_report
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
+from tools.probe import read_metrics
 from tools.server import EmbeddedServer, Ports
 
 N_STEPS = 20
@@ -99,6 +101,19 @@ def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parame
     return seen
 
 
+def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
+    """From explanations' first gradients to their last, in the server's own histogram: counts by end, and seconds."""
+    time.sleep(METRICS_SECONDS)
+    ends: Counter[float] = Counter()
+    seconds = 0.0
+    for name, labels, value in read_metrics(server.host, server.ports.metrics):
+        if name == "integrated_gradients_compute_seconds_bucket":
+            ends[float(re.search('le="([^"]+)"', labels)[1])] += value
+        elif name == "integrated_gradients_compute_seconds_sum":
+            seconds += value
+    return ends, seconds
+
+
 def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) -> dict[str, Any]:
     """Capacity, and a row for each factor of it."""
     images, url = jpeg_images(), server.grpc_url
@@ -128,8 +143,11 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
 
         thread = threading.Thread(target=predict)
         thread.start()
+        ends_before, seconds_before = computing(server)
         with memory_sampler(server.process.pid) as memory:
             seen = open_loop(url, images, factor * capacity, seconds, parameters)
+        ends, computed = computing(server)
+        ends.subtract(ends_before)
         is_over.set()
         thread.join()
         rows.append(
@@ -139,6 +157,8 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
                 "accepted_seconds": seen.accepted,
                 "refused_seconds": seen.refused,
                 "errors": dict(seen.errors),
+                "computing_mean_seconds": (computed - seconds_before) / max(1, ends[np.inf]),
+                "computing_p99_at_most": min(end for end, count in ends.items() if count >= 0.99 * ends[np.inf]),
                 "accepted_per_second": len(seen.accepted) / seen.elapsed,
                 "classify_seconds": predictions,
                 "classify_failures": len(failures),
@@ -155,9 +175,9 @@ def table(report: dict[str, Any]) -> str:
         f"Capacity {report['capacity']:.2f} explanations of {N_STEPS} steps a second; `classify` idle p95 "
         f"{idle:.0f} ms; `max_wait_seconds` {report['max_wait_seconds']:g}.",
         "",
-        "| times capacity | offered | answered, a second | of capacity | p50 | p99 | refused | refused within, p95 "
-        "| classify p50, p95 | times idle | failed | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| times capacity | offered | answered, a second | of capacity | p50 | p99 | of it computing, mean | p99 "
+        "| refused | refused within, p95 | classify p50, p95 | times idle | failed | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         p50, p99 = (f"{np.percentile(row['accepted_seconds'], part):.1f} s" for part in (50, 99))
@@ -166,6 +186,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"| {row['factor']:g} | {row['offered']} | {row['accepted_per_second']:.2f} "
             f"| {row['accepted_per_second'] / report['capacity']:.0%} | {p50} | {p99} "
+            f"| {row['computing_mean_seconds']:.1f} s | at most {row['computing_p99_at_most']:g} s "
             f"| {len(row['refused_seconds']) / row['offered']:.0%} | {refused} | {low:.0f}, {high:.0f} ms "
             f"| {high / idle:.1f} | {row['classify_failures']} | {row['memory_mb']:.0f} MB |"
         )

@@ -32,8 +32,8 @@ from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 from tools.triton_process import SHARED_MEMORY
 
-# Gradients a second that are asked, on average; 2 CPU cores take some 28.
-GRADIENTS_PER_SECOND = 19.0
+# Gradients a second that are asked, on average; 2 CPU cores take some 28 beside all else.
+GRADIENTS_PER_SECOND = 23.0
 WORKERS = 16
 WATCH_EVERY = 5.0
 # An answer may differ from that of an idle server by the rounding of other chunk sizes.
