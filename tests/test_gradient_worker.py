@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from attribution_engine import Explanation
+from attribution_engine import ASK_ALL_SECONDS, Explanation
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker, OverloadedError
 
@@ -121,6 +121,19 @@ def test_a_job_that_has_not_started_in_time_is_given_up(engine):
         done.append((finished, explanation is not None))
     assert sorted(kept is finished for finished, _ in done) == [False, True]
     assert dict((finished is kept, has) for finished, has in done) == {True: True, False: False}
+
+
+def test_of_many_that_wait_few_are_asked_before_each_pass_whether_they_still_do(engine, monkeypatch):
+    now, asked = [100.0], set()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    done = engine.explain_as_done(
+        [small_job(8, seed, is_cancelled=lambda seed=seed: bool(asked.add(seed))) for seed in range(60)]
+    )
+    next(done)
+    assert 1 <= len(asked) <= 20
+    now[0] += ASK_ALL_SECONDS
+    next(done)
+    assert len(asked) == 60
 
 
 def test_a_failing_pass_fails_the_jobs_under_way_and_no_later_one(engine):

@@ -40,6 +40,8 @@ USUAL_ROWS = 8
 # A job is due when so many times its own rows have been passed since it came. So a short one overtakes long ones, and a
 # long one is overtaken by those alone that come before it is due.
 PATIENCE = 10
+# How often all that wait are asked whether they still do.
+ASK_ALL_SECONDS = 1.0
 # Before all others go those whose deadline is so near.
 URGENT_SECONDS = 2.0
 
@@ -172,9 +174,11 @@ class _Task:
         """Rows of what is not drawn yet, as far as that is known."""
         return expected_rows(self.job) * self.samples_left // self.job.nt_samples
 
-    def is_given_up(self) -> bool:
-        """Whether nobody waits for it any more, or it has waited too long itself."""
-        return self.job.is_cancelled() or (not self.is_started and time.monotonic() >= self.job.start_by)
+    def is_given_up(self, asks: bool) -> bool:
+        """Whether it has waited too long itself, or nobody waits for it any more, if that is asked."""
+        if not self.is_started and time.monotonic() >= self.job.start_by:
+            return True
+        return asks and self.job.is_cancelled()
 
     def draw(self) -> Tensor:
         """The next image to explain: its own, or with noise of its own."""
@@ -595,6 +599,7 @@ class _Schedule:
         self.waiting: list[_Task] = []  # those that have images to draw
         self.under_way: list[_Path] = []
         self._over: list[_Task] = []
+        self._asked_all = time.monotonic()
 
     def add(self, task: _Task) -> None:
         self.waiting.append(task)
@@ -616,10 +621,18 @@ class _Schedule:
         return tasks + sum(path.rows_left for path in tuple(self.under_way) if path.task.due <= due)
 
     def drop_given_up(self) -> list[_Task]:
-        """Leave out the tasks that nobody waits for, and return them."""
-        waiting = (task for task in self.waiting if task.samples_left)  # the others may be over
-        tasks = {id(task): task for task in (*waiting, *(path.task for path in self.under_way))}
-        given_up = {key: task for key, task in tasks.items() if task.is_given_up()}
+        """Leave out the tasks that nobody waits for, and return them.
+
+        Whether somebody waits may be a question to another process: of those that wait, only the next are asked before
+        each pass, all of them now and then.
+        """
+        asks_all = time.monotonic() >= self._asked_all + ASK_ALL_SECONDS
+        if asks_all:
+            self._asked_all = time.monotonic()
+        waiting = [task for task in self.waiting if task.samples_left]  # the others may be over
+        asked = {id(task): task for task in (*waiting[: self.limit], *(path.task for path in self.under_way))}
+        tasks = {id(task): task for task in waiting} | asked
+        given_up = {key: task for key, task in tasks.items() if task.is_given_up(asks_all or key in asked)}
         if given_up:
             self.waiting = [task for task in self.waiting if id(task) not in given_up]
             self.under_way = [path for path in self.under_way if id(path.task) not in given_up]
