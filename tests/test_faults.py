@@ -158,6 +158,50 @@ def test_it_gives_up_after_a_bound(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_path, image):
+    repository = with_settings(tmp_path, "integrated_gradients")
+    fault, file = tmp_path / "fault", repository / "integrated_gradients" / "1" / "classifier_network.py"
+    before = "        return self._network.row_gradients(rows[:count], any_paired)\n"
+    injected = f"""
+        import os
+        if os.path.exists({str(fault)!r}):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+"""
+    assert file.read_text().count(before) == 1
+    file.write_text(file.read_text().replace(before, injected + before))
+    server = EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log")
+    said: list[str] = []
+
+    def watch() -> None:
+        with contextlib.suppress(ServerError):
+            supervise(server, Watch(most_restarts=1), said.append)
+
+    with server:
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            fault.touch()
+            with (
+                ExplainClient(server.grpc_url, timeout=20, retries=0) as client,
+                pytest.raises(ExplainError, match="illegal memory access") as failure,
+            ):
+                client.explain(image, n_steps=20)
+            assert failure.value.status == "INTERNAL"
+            fault.unlink()
+            failed = time.monotonic()
+            while not said and time.monotonic() < failed + RECOVERY_SECONDS:
+                time.sleep(0.1)
+            recovers(server.grpc_url, image)
+            print(f"good again {time.monotonic() - failed:.1f} s after the failure: {said}")
+            assert said
+            assert time.monotonic() < failed + RECOVERY_SECONDS
+        finally:
+            server.process.kill()  # once more than it may be restarted
+            thread.join(60)
+    assert "its device has failed" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
 def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(tmp_path, image):
     server = EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log", stop_seconds=10)
     outcomes: list[str] = []
