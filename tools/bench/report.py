@@ -38,10 +38,12 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
                     f"{server.BASELINE}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
                 )
         if profile := report.get("engine", {}).get("profile"):
-            least = server.N_STEPS * profile["gflop_per_row"] / profile["matrix_product_peak_gflop_per_second"]
+            rate, peak = (profile[f"{name}_gflop_per_second"] for name in ("achieved", "matrix_product_peak"))
+            most = rate / profile["gflop_per_row"] / server.N_STEPS
             yield (
-                f"What bounds it at {server.N_STEPS} steps, {clients} clients: gradients at the rate of a large matrix "
-                f"product here, and nothing else to do, would be {1 / least / base['per_second']:.2f} times as many."
+                f"What bounds it at {server.N_STEPS} steps and {clients} clients: the engine's passes alone, at "
+                f"{rate:.0f} GFLOP/s ({rate / peak:.0%} of a large matrix product's), would be "
+                f"{most / base['per_second']:.2f} times as many."
             )
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
