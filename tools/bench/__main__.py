@@ -82,7 +82,7 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             "n_steps": 200,
             "seconds": stream.measure(triton(), clients=8, n_steps=200, blocks=1, calls=20),
         },
-        "throughput": lambda: server.measure_throughput(*both(), [1, 2, 4, 8, 16], 15),
+        "throughput": lambda: server.measure_throughput(*both(), [1, 2, 4, 8, 16], 12),
         "isolation": lambda: server.measure_isolation(*both(), 100, 20),
     }
 
