@@ -47,6 +47,6 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
     ]
 
 
-# Threads of one model that spin for work take cores from the others. With GOMP_SPINCOUNT 10000 instead a single client's
-# explanation takes a twelfth less, but beside 8 that explain, p95 of a prediction is 3 times its idle one, not 1.5.
+# Threads of one model that spin for work take cores from the others. With GOMP_SPINCOUNT 10000 instead, a single
+# client's explanation takes a twelfth less, but beside 8 of them a prediction's p95 is 3 times its idle one, not 1.5.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
