@@ -122,12 +122,13 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
 
 def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    measured = {row["contender"] for row in rows}
+    contenders = [name for name in (server.BASELINE, *server.CONTENDERS) if name in measured]
     counts = list(dict.fromkeys(row["clients"] for row in rows))
     width = 0.8 / len(contenders)
     for number, (contender, colour) in enumerate(zip(contenders, COLOURS)):
         own = [row for row in rows if row["contender"] == contender]
-        places = np.arange(len(counts)) + number * width
+        places = np.array([counts.index(row["clients"]) for row in own]) + number * width
         axes[0].bar(places, [row["per_second"] for row in own], width, color=colour, label=contender)
         medians = [np.median(row["seconds"]) for row in own]
         highs = [np.percentile(row["seconds"], 95) for row in own]
@@ -140,7 +141,8 @@ def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
         axis.grid(axis="y", alpha=0.3)
     axes[1].yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     axes[1].yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].set_ylim(top=1.5 * max(row["per_second"] for row in rows))
+    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
 
