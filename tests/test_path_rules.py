@@ -141,6 +141,16 @@ def test_ladder_spends_what_it_can_afford_and_at_least_three_steps():
     assert walk_ladder(rule, affordable=20).n_steps <= 10 + 20 * 5
 
 
+def test_each_way_of_a_ladder_weighs_its_own_length():
+    rule = LadderRule(lambda n_steps: even_edges(n_steps) ** 2, 1.0, None, 1000, 15, CPU)
+    means = (rule.nodes[1:] + rule.nodes[:-1]) / 2  # of the gradient x, between two nodes
+    rule.add(slice(0, len(means)), means[:, None])
+    differences = []
+    rule.refine(lambda total, difference: differences.append(difference.item()) or (0.0, 0.0))
+    assert rule.gradient.item() == pytest.approx(0.5)
+    assert differences == [pytest.approx(0, abs=1e-12)]
+
+
 def test_ladder_makes_do_with_its_pilot():
     rule = LadderRule(even_edges, 1.0, None, 1000, 15, CPU)
     pilot = rule._coarse_steps
