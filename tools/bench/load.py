@@ -29,14 +29,18 @@ def _image(index: int) -> Image.Image:
     return Image.fromarray(draw_view("test", index).image)
 
 
+def image_tensor(*images: bytes) -> tritonclient.grpc.InferInput:
+    """The input of one request about image files."""
+    tensor = tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(images, np.object_)[:, None])
+    return tensor
+
+
 def triton_asker(
     url: str, model: str, images: list[bytes], outputs: tuple[str, ...], parameters: dict[str, Any]
 ) -> Ask:
     client = tritonclient.grpc.InferenceServerClient(url)
-    inputs = []
-    for image in images:
-        inputs.append(tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES"))
-        inputs[-1].set_data_from_numpy(np.array([[image]], np.object_))
+    inputs = [image_tensor(image) for image in images]
     wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
 
     def ask(number: int) -> int:

@@ -23,7 +23,7 @@ import torch
 import tritonclient.grpc
 from tqdm import tqdm
 
-from tools.bench.load import jpeg_images, run_block, triton_asker
+from tools.bench.load import image_tensor, jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
 from tools.bench.scaling import METRICS_SECONDS
 from tools.export import ensure_exported
@@ -67,10 +67,7 @@ class Seen:
 def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parameters: dict[str, Any]) -> Seen:
     """Ask for explanations at a rate, and wait for the last of them."""
     client = tritonclient.grpc.InferenceServerClient(url)
-    inputs = []
-    for image in images:
-        inputs.append(tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES"))
-        inputs[-1].set_data_from_numpy(np.array([[image]], np.object_))
+    inputs = [image_tensor(image) for image in images]
     outputs = [tritonclient.grpc.InferRequestedOutput("SALIENCY")]
     seen, done = Seen(), threading.Semaphore(0)
 

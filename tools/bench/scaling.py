@@ -11,7 +11,7 @@ import tritonclient.grpc
 from PIL import Image
 from tqdm import tqdm
 
-from tools.bench.load import run_block, triton_asker
+from tools.bench.load import image_tensor, run_block, triton_asker
 from tools.measuring import timed
 from tools.probe import read_metrics
 from tools.server import EmbeddedServer
@@ -56,8 +56,7 @@ def measure_scaling(server: EmbeddedServer, images: list[bytes], calls: int, qui
 def _batch_asker(url: str, images: list[bytes]) -> Any:
     """One request of several images."""
     client = tritonclient.grpc.InferenceServerClient(url)
-    tensor = tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")
-    tensor.set_data_from_numpy(np.array(images, np.object_)[:, None])
+    tensor = image_tensor(*images)
     wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in HEATMAP]
     return lambda: client.infer("explain", [tensor], outputs=wanted, parameters={"n_steps": BATCH_STEPS})
 

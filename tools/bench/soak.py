@@ -24,7 +24,7 @@ import tritonclient.grpc
 from tqdm import tqdm
 
 from explain_client import ExplainClient, Level, RefusedError
-from tools.bench.load import jpeg_images
+from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, relative_distance, write_report
@@ -149,11 +149,12 @@ class Traffic:
                 return "cancelled"
         if not hasattr(self._local, "triton"):
             self._local.triton = tritonclient.grpc.InferenceServerClient(self.url)
-        tensor = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
-        tensor.set_data_from_numpy(np.array([[image]], np.object_))
         done = threading.Event()
         call = self._local.triton.async_infer(
-            "explain", [tensor], lambda result, error: done.set(), parameters={**parameters, "n_steps": 20}
+            "explain",
+            [image_tensor(image)],
+            lambda result, error: done.set(),
+            parameters={**parameters, "n_steps": 20},
         )
         time.sleep(random.uniform(0.02, 0.5))
         call.cancel()

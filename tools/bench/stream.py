@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tritonclient.grpc
 
-from tools.bench.load import jpeg_images, saturated, triton_asker
+from tools.bench.load import image_tensor, jpeg_images, saturated, triton_asker
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
@@ -31,12 +31,10 @@ CALLS = ("classify", "first response of a stream")
 def first_response(url: str, image: bytes) -> float:
     """Seconds from asking for a stream to its prediction; the rest of it is cancelled."""
     client = tritonclient.grpc.InferenceServerClient(url)
-    file = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
-    file.set_data_from_numpy(np.array([[image]], np.object_))
     responses: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
     client.start_stream(callback=lambda result, error: responses.put((result, error)))
     started = time.perf_counter()
-    client.async_stream_infer("explain_stream", [file])
+    client.async_stream_infer("explain_stream", [image_tensor(image)])
     result, error = responses.get(timeout=120)
     seconds = time.perf_counter() - started
     if error is not None:
