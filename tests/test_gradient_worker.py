@@ -11,12 +11,10 @@ from attribution_engine import ASK_ALL_SECONDS, Explanation
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker, OverloadedError
 
-CPU_THREADS = 3
-
 
 @contextmanager
 def working(engine, max_wait_seconds=60.0, max_waiting=100):
-    worker = GradientWorker(engine, torch.device("cpu"), CPU_THREADS, max_wait_seconds, max_waiting)
+    worker = GradientWorker(engine, torch.device("cpu"), max_wait_seconds, max_waiting)
     try:
         yield worker
     finally:
@@ -75,14 +73,6 @@ def test_parameters_places_and_results_belong_together(engine):
     with working(engine) as worker:
         worker.submit(jobs, found.__setitem__)
     assert [found[number].n_steps for number in range(6)] == [3, 4, 5, 6, 7, 8]
-
-
-def test_the_pool_of_cpu_threads_is_the_worker_s_own(engine):
-    own, others = [], torch.get_num_threads()
-    with working(engine) as worker:
-        worker.submit([small_job(3)], lambda *_: own.append(torch.get_num_threads()))
-    assert own == [CPU_THREADS]
-    assert torch.get_num_threads() == others != CPU_THREADS
 
 
 def test_more_images_than_may_wait_are_not_taken(engine):

@@ -37,7 +37,6 @@ class GradientWorker:
     Args:
         engine: whose passes all run in that thread.
         device: of the engine.
-        cpu_threads: for what the CPU computes in that thread.
         max_wait_seconds: longest wait for a first pass. What would wait longer, by the pace of late, is not taken; what
             has waited longer is given up.
         max_waiting: jobs that may be there at once, which bounds the memory of those that wait.
@@ -47,11 +46,10 @@ class GradientWorker:
         self,
         engine: IntegratedGradients,
         device: torch.device,
-        cpu_threads: int,
         max_wait_seconds: float,
         max_waiting: int,
     ) -> None:
-        self._engine, self._device, self._cpu_threads = engine, device, cpu_threads
+        self._engine, self._device = engine, device
         self._max_wait_seconds, self._max_waiting = max_wait_seconds, max_waiting
         self._changed = threading.Condition()
         self._arrived: list[Job] = []
@@ -104,7 +102,6 @@ class GradientWorker:
         self._thread.join()
 
     def _work(self) -> None:
-        torch.set_num_threads(self._cpu_threads)
         on_gpu = self._device.type == "cuda"
         with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
             while True:

@@ -110,9 +110,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
-        threads = int(settings["cpu_threads"]) or torch.get_num_threads()
-        # A second pool would be more threads than cores to OpenMP, which then lets them sleep between layers.
-        torch.set_num_threads(1)
+            if threads := int(settings["cpu_threads"]):
+                torch.set_num_threads(threads)
         shape = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "PIXELS")
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
         density, self.uncalibrated = None, ""
@@ -135,7 +134,7 @@ class TritonPythonModel:
         self.notice = OverloadNotice(os.getppid()) if instances == 1 else None
         # Last, so that nothing fails after it; it inherits this thread's niceness.
         self.worker = GradientWorker(
-            self.engine, self.device, threads, self.max_wait_seconds, int(settings["max_waiting_images"])
+            self.engine, self.device, self.max_wait_seconds, int(settings["max_waiting_images"])
         )
         # Each process has metrics of its own: Triton would drop shared ones with the first that unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
