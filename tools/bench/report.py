@@ -41,9 +41,9 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
             rate, peak = (profile[f"{name}_gflop_per_second"] for name in ("achieved", "matrix_product_peak"))
             most = rate / profile["gflop_per_row"] / server.N_STEPS
             yield (
-                f"What bounds it at {server.N_STEPS} steps and {clients} clients: the engine's passes alone, at "
-                f"{rate:.0f} GFLOP/s ({rate / peak:.0%} of a large matrix product's), would be "
-                f"{most / base['per_second']:.2f} times as many."
+                f"The engine's passes alone, as timed in one process at {rate:.0f} GFLOP/s ({rate / peak:.0%} of a "
+                f"large matrix product's), would be {most / base['per_second']:.2f} times that baseline's at {clients} "
+                "clients."
             )
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
