@@ -69,7 +69,7 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             "scaling": lambda: scaling.measure_scaling(triton(), images, 1, quick),
             "analyzer": lambda: analyzer.measure(triton(), folder / "perf", quick),
             "throughput": lambda: server.measure_throughput(*both(), [4], 4),
-            "isolation": lambda: server.measure_isolation(*both(), 30, 5, saturating_steps=25, long_steps=100),
+            "isolation": lambda: server.measure_isolation(*both(), 30, 5, saturating_steps=25, long_steps=50),
         }
     return {
         "engine": lambda: measure_engine(quick),
