@@ -98,6 +98,17 @@ def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
             assert one.n_steps == other.n_steps
 
 
+def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
+    engine = IntegratedGradients(served_module, max_rows=9, density=demo_density)
+    # The 14 ends of 13 stretches take two passes, the second of which begins with the last end of the first.
+    engine.explain([job(engine, index, 13) for index in range(3)])
+    assert engine.rows_passed == 3 * 15
+    # A first piece that leaves no more of them than there would be is taken: 8 and 5 stretches, 4 and 8.
+    engine.chunks_passed.clear()
+    engine.explain([job(engine, 0, 3), job(engine, 1, 12)])
+    assert engine.chunks_passed == {9: 2}
+
+
 def test_a_mean_gradient_needs_two_rows_a_pass(served_module, demo_density):
     with pytest.raises(ValueError, match="at least two rows"):
         IntegratedGradients(served_module, max_rows=1, density=demo_density).explain([job_of_one(served_module)])

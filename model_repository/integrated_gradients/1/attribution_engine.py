@@ -671,7 +671,8 @@ class _Schedule:
         """Paths and their places among the rows of the next pass.
 
         Args:
-            equal: 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
+            equal: 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2, and no chunk is filled up with
+                what costs more than it saves; for passes that are not padded.
         """
         room = self.limit
         if equal:
@@ -683,9 +684,20 @@ class _Schedule:
             rows = min(room - count, path.rows_left)
             if rows <= path.rule.overlap or path.image.shape != self.under_way[0].image.shape:
                 break
+            if equal and chunk and path.rule.overlap and self._adds_a_piece(path, rows):
+                break
             chunk.append((path, slice(count, count + rows)))
             count += rows
         return chunk
+
+
+    def _adds_a_piece(self, path: _Path, rows: int) -> bool:
+        """Whether a path whose pieces overlap is cut into more of them if so many rows go before the rest.
+
+        Each more is a row more, and a pass that stays so much smaller costs less than that.
+        """
+        whole, rest = (math.ceil((path.rows_left - begun) / (self.limit - 1)) for begun in (1, rows))
+        return 1 + rest > whole
 
 
 def _half(chunk: list[tuple[_Path, slice]]) -> list[tuple[_Path, slice]] | None:
