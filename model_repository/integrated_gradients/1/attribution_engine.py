@@ -690,7 +690,6 @@ class _Schedule:
             count += rows
         return chunk
 
-
     def _adds_a_piece(self, path: _Path, rows: int) -> bool:
         """Whether a path whose pieces overlap is cut into more of them if so many rows go before the rest.
 
