@@ -109,8 +109,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     found = json.loads(arguments.known.read_text()) if arguments.known else {}
+    command = " ".join(["python -m tools.bench", *sys.argv[1:]])
+    minutes_before = found.get("minutes", 0.0)
     found |= {
-        "command": " ".join(["python -m tools.bench", *sys.argv[1:]]),
+        "command": f"{found['command']}`, then `{command}" if found else command,
         "machine": describe_machine(torch.device("cpu")),
     }
     with ExitStack() as stack:
@@ -121,7 +123,7 @@ def main() -> None:
         for number, name in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}, {(time.monotonic() - started) / 60:.0f} min] {name}", flush=True)
             found[name] = measures[name]()
-            found["minutes"] = (time.monotonic() - started) / 60
+            found["minutes"] = minutes_before + (time.monotonic() - started) / 60
             found = rounded(found)
             # After each part, so that --from goes on where something failed.
             (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
