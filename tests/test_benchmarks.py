@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import httpx
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from test_serving import infer
 from tools.bench.load import jpeg_images, run_block, saturated
 from tools.bench.perf import read_profile, run
 from tools.bench.server import BaselineService
+from tools.paths import ROOT
 
 
 @pytest.mark.slow
@@ -35,6 +39,16 @@ def test_perf_analyzer_measures_the_models(server, tmp_path, model):
     assert found["first_ms"][0] > 0
     assert (found["first_ms"] == found["last_ms"]) == (model == "classify")
     assert (tmp_path / f"{model}.csv").read_text().startswith("Concurrency,")
+
+
+@pytest.mark.slow
+def test_the_wrapper_of_perf_analyzer_takes_its_options(server):
+    command = [sys.executable, "-m", "tools.bench.perf", "explain", "-u", server.grpc_url, "--concurrency-range", "1"]
+    command += ["--measurement-mode", "count_windows", "--measurement-request-count", "3"]
+    command += ["--stability-percentage", "99", "--request-parameter", "n_steps:4:int"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "throughput" in found.stdout
 
 
 def test_blocks_count_what_clients_saw():

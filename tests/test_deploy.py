@@ -26,6 +26,7 @@ from tools.deploy.serve import SettingError, command
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.probe import CHAINS, ProbeError, _hanging, probe, probe_patiently
 from tools.server import EmbeddedServer, Ports
+from tools.supervisor import Watch
 from tools.triton_options import server_options
 
 DEPLOY = ROOT / "tools" / "deploy"
@@ -228,11 +229,12 @@ def triton_on_path(tmp_path, prepared):
     embedded.remove_shared_memory()
 
 
-def test_the_containers_entry_point_serves_predictions_alone_and_stops_in_order(triton_on_path, tmp_path):
+@pytest.mark.parametrize("entry", ["serve", "supervise"])
+def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(triton_on_path, tmp_path, entry):
     ports, environment = triton_on_path
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.deploy.serve"],
+            [sys.executable, "-m", f"tools.deploy.{entry}"],
             cwd=ROOT,
             env={**environment, "MODELS": "classify"},
             stdout=log,
@@ -250,6 +252,9 @@ def test_the_containers_entry_point_serves_predictions_alone_and_stops_in_order(
                 time.sleep(0.3)
         with pytest.raises(ProbeError, match="explain answers 404"):
             probe("127.0.0.1", ports.http, "explain")
+        if entry == "supervise":  # which finds nothing wrong with it
+            time.sleep(3 * Watch().probe_seconds)
+            assert "restart" not in (tmp_path / "log").read_text()
     finally:
         process.terminate()
         assert process.wait(60) == 0

@@ -23,16 +23,19 @@ import tritonclient.grpc
 from conftest import encode, scene_image
 from test_serving import infer
 
-from explain_client import ExplainClient, ExplainError
+from explain_client import ExplainClient, ExplainError, RefusedError
 from tools.bench.overload import measure, with_settings
 from tools.bench.processes import session
 from tools.bench.soak import soak
+from tools.export import FILE_NAME
 from tools.paths import MODEL_REPOSITORY, ROOT
+from tools.probe import probe_patiently, read_metrics
 from tools.server import EmbeddedServer, Ports
 from tools.supervisor import Watch, supervise
 from tools.triton_process import ServerError
 
 STUBBED = ("preprocess", "classifier", "integrated_gradients", "heatmap", "explain_stream")
+LIBFAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
 # How soon the next good request must be answered.
 RECOVERY_SECONDS = 30
 
@@ -88,9 +91,9 @@ def supervised(tmp_path_factory):
         process.wait(60)
 
 
-def recovers(url: str, image: bytes, stream: bool = False) -> float:
-    """Seconds until a good request is answered."""
-    started = time.monotonic()
+def recovers(url: str, image: bytes, stream: bool = False, since: float | None = None) -> float:
+    """Seconds, from now or since then, until a good request is answered."""
+    started = time.monotonic() if since is None else since
     while True:
         try:
             with ExplainClient(url, timeout=3, retries=0) as client:
@@ -113,23 +116,28 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supe
     server = triton_process(process.pid)
     victim = server if model == "tritonserver" else stub(server, model)
     ended: queue.Queue[float] = queue.Queue()
+    logged = len(log.read_text())
 
     def ask() -> None:
-        started = time.monotonic()
-        with ExplainClient(url, timeout=20, retries=0) as client, contextlib.suppress(ExplainError):
+        # Far longer than it may take: what ends it is the server, or the supervisor.
+        with ExplainClient(url, timeout=120, retries=0) as client, contextlib.suppress(ExplainError):
             client.explain(image, n_steps=100)
-        ended.put(time.monotonic() - started)
+        ended.put(time.monotonic())
 
     thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(1)
+    killed = time.monotonic()
     os.kill(victim, number)
-    thread.join(25)
-    assert ended.get_nowait() <= 22  # within its own time, answered or not
-    seconds = recovers(url, image, stream=True)
-    print(f"{model} {number.name}: good again {seconds:.1f} s after the request under way had ended")
-    restarted = re.findall(r"server: (.*)", log.read_text())
-    assert restarted, "nobody noticed"
+    while "restart " not in log.read_text()[logged:]:
+        assert time.monotonic() < killed + RECOVERY_SECONDS, "nobody noticed"
+        time.sleep(0.1)
+    noticed = time.monotonic() - killed
+    seconds = recovers(url, image, stream=True, since=killed)
+    under_way = ended.get(timeout=1) - killed
+    print(f"{model} {number.name}: noticed after {noticed:.1f} s, good again after {seconds:.1f} s", end=", ")
+    print(f"what was under way ended after {under_way:.1f} s")
+    assert under_way <= RECOVERY_SECONDS
 
 
 @pytest.mark.slow
@@ -240,7 +248,7 @@ def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["missing", "truncated", "no TorchScript", "NaN weights"])
+@pytest.mark.parametrize("fault", ["missing", "truncated", "no TorchScript", "of another version", "NaN weights"])
 def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path, server, fault):
     repository = tmp_path / "models"
     shutil.copytree(MODEL_REPOSITORY, repository)
@@ -251,6 +259,8 @@ def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path
         file.write_bytes(file.read_bytes()[:100_000])
     elif fault == "no TorchScript":
         torch.save({"weight": torch.zeros(3)}, file)
+    elif fault == "of another version":  # than the gradients are of
+        file.parent.rename(file.parent.with_name("2"))
     else:
         module = torch.jit.load(str(file))
         with torch.no_grad():
@@ -258,6 +268,60 @@ def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path
         module.save(str(file))
     with pytest.raises(ServerError, match=r"model (classifier|integrated_gradients) failed to load"):
         EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log").start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content", [b"", b"{half", b'{"model_sha256": "of another"}'], ids=["empty", "half", "another's"]
+)
+def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(tmp_path, server, image, content):
+    repository = tmp_path / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository)
+    (repository / "classifier" / "1" / FILE_NAME).write_bytes(content)
+    with (
+        EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as own,
+        ExplainClient(own.grpc_url) as client,
+    ):
+        with pytest.raises(RefusedError, match=r"python -m tools\.calibrate"):
+            client.explain(image, method="calibrated", n_steps=4)
+        assert client.explain(image, tolerance=0.2).error_estimate <= 0.2
+        assert client.explain(image, n_steps=4).n_steps == 4
+    assert FILE_NAME in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBFAKETIME, reason="needs libfaketime")
+@pytest.mark.parametrize("jump", ["+2h", "-2h"])
+def test_a_clock_that_jumps_ends_nothing_early_or_never(tmp_path, image, jump):
+    """Deadlines, timeouts and waits of what is under way, and of what comes after it."""
+    now = tmp_path / "now"
+    now.write_text("+0")
+    fake = {"LD_PRELOAD": LIBFAKETIME, "FAKETIME_TIMESTAMP_FILE": str(now), "FAKETIME_NO_CACHE": "1"}
+    fake |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+    class FakeTime(EmbeddedServer):
+        def command_line(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+            command, environment = super().command_line(folder)
+            return command, {**environment, **fake}
+
+    with FakeTime(ports=Ports.free(), log_file=tmp_path / "log") as server:
+        with ExplainClient(server.grpc_url, timeout=30, retries=0) as client, ThreadPoolExecutor(3) as pool:
+            client.explain(image, n_steps=1)
+            wishes = {"n_steps": 60}, {"deadline_ms": 1500, "n_steps": 1000}, {"n_steps": 40}
+            calls = [pool.submit(client.explain, image, **wish) for wish in wishes]
+            time.sleep(0.7)
+            now.write_text(jump)
+            full, timely, other = (call.result() for call in calls)
+            assert (full.n_steps, other.n_steps) == (60, 40)
+            assert 3 <= timely.n_steps < 1000
+            started = time.monotonic()
+            assert client.explain(image, deadline_ms=500, n_steps=1000).n_steps >= 3
+            assert time.monotonic() - started < 3
+            *_, last = client.explain_stream(image, n_steps=13)
+            assert last.n_steps == 13
+        probe_patiently(server.host, server.ports.http, server.ports.metrics)
+    stamps = set(re.findall(r"[IWE]\d{4} (\d\d):", (tmp_path / "log").read_text()))
+    assert len(stamps) > 1, "the server's clock did not jump"
 
 
 class SmallSharedMemory(EmbeddedServer):
@@ -292,13 +356,16 @@ def test_shared_memory_that_is_full_fails_requests_and_not_the_server(tmp_path, 
 def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     """In the middle of a request, in the middle of a stream, and two hundred that open connections and say little."""
     before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    beginnings = {
+        server.ports.http: b"POST /v2/models/explain/infer HTTP/1.1\r\nContent-Length: 100000\r\n\r\n{",
+        # HTTP/2's preface and empty settings.
+        server.ports.grpc: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]),
+    }
     sockets = []
-    for number in range(200):
-        port = server.ports.grpc if number % 2 else server.ports.http
-        sockets.append(socket.create_connection(("127.0.0.1", port), timeout=10))
-        sockets[-1].sendall(
-            b"POST /v2/models/explain/infer HTTP/1.1\r\nContent-Length: 100000\r\n\r\n{" if number % 4 else b""
-        )
+    for number in range(100):
+        for port, beginning in beginnings.items():
+            sockets.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+            sockets[-1].sendall(beginning if number % 2 else b"")
     infer(triton, [image], n_steps=1)  # beside them
     for each in sockets:
         each.close()
@@ -310,7 +377,10 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     file = Path(os.environ.get("TMPDIR", "/tmp")) / f"leaver-{os.getpid()}.png"
     file.write_bytes(image)
     process = subprocess.Popen([sys.executable, "-c", program, server.grpc_url, str(file)])
-    time.sleep(1.5)
+    until = time.monotonic() + 30
+    while not gradients_under_way(server):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     process.kill()
     process.wait()
     file.unlink()
@@ -319,6 +389,12 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     while len(os.listdir(f"/proc/{server.process.pid}/fd")) > before + 20 and time.monotonic() < until:
         time.sleep(0.2)
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 20
+
+
+def gradients_under_way(server: EmbeddedServer) -> float:
+    """Images that wait for gradients or get them."""
+    told = read_metrics(server.host, server.ports.metrics)
+    return sum(value for name, _, value in told if name == "integrated_gradients_waiting_images")
 
 
 def test_no_model_reads_a_clock_that_can_be_set():
@@ -358,6 +434,7 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert row["refused_seconds"]
     assert len(row["accepted_seconds"]) + len(row["refused_seconds"]) == row["offered"]
     assert all(message.startswith("UNAVAILABLE integrated_gradients is overloaded") for message in row["errors"])
+    assert np.isfinite(row["computing_p99_at_most"])
     # The wait that it is judged by, its own computing, and what comes before and after the gradients.
     assert np.percentile(row["accepted_seconds"], 99) < 5 + row["computing_p99_at_most"] + 1
 

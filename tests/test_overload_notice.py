@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+
 import pytest
 from overload_notice import SECONDS, OverloadNotice
 from overload_reading import OverloadedError, check_overload, gradients_asked
@@ -54,6 +57,24 @@ def test_other_servers_and_broken_words_say_nothing(tmp_path, clock):
     OverloadNotice(7, tmp_path).post(1)
     assert is_refused(tmp_path)
     OverloadNotice(7, tmp_path).remove()
+    assert not is_refused(tmp_path)
+
+
+def test_words_that_the_gradients_cannot_have_written_say_nothing(tmp_path, clock, monkeypatch):
+    file = tmp_path / "integrated_gradients_7.notice"
+    file.write_bytes(struct.pack("<dd", clock[0] + 1e9, 0.0))  # for ever
+    assert not is_refused(tmp_path)
+    file.write_bytes(struct.pack("<dd", clock[0] + 1, 0.0))
+    assert is_refused(tmp_path)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert not is_refused(tmp_path)
+    OverloadNotice(7, tmp_path).post(1)  # nor is anything written through it
+    assert (tmp_path / "elsewhere").read_bytes() == struct.pack("<dd", clock[0] + 1, 0.0)
+    file.unlink()
+    OverloadNotice(7, tmp_path).post(1)
+    assert is_refused(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)  # another user's
     assert not is_refused(tmp_path)
 
 

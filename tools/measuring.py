@@ -67,14 +67,14 @@ def relative_distance(values: Tensor, reference: Tensor) -> float:
     return ((values - reference).norm() / reference.norm()).item()
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Hardware and versions; of the device that a server here would use, if no other is named."""
+    device = device or default_device()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    hardware = f"{os.cpu_count()} cores of {name}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-        hardware = f"{os.cpu_count()} cores of {name}, {torch.get_num_threads()} threads"
+        hardware = f"{torch.cuda.get_device_name(device)} beside {hardware}"
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": hardware,

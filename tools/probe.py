@@ -94,8 +94,15 @@ def probe_patiently(host: str, port: int, metrics_port: int, model: str = "expla
         if hanging := _hanging(before, after, isinstance(failure, NoAnswerError)):
             raise ProbeError(f"{failure}; {hanging} does not go on") from None
         return
-    if model == "explain":
+    if model != "explain":
+        return
+    try:
         probe_stream(host, port, seconds)
+    except NoAnswerError:
+        ended = _ended_streams(host, metrics_port, seconds)
+        time.sleep(seconds)
+        if _ended_streams(host, metrics_port, seconds) == ended:
+            raise
 
 
 def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
@@ -149,6 +156,11 @@ def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
     return found
 
 
+def _ended_streams(host: str, port: int, seconds: float) -> float:
+    """How many streams have come to their end, or been refused."""
+    return sum(value for name, _, value in read_metrics(host, port, seconds) if name == "explain_stream_streams_total")
+
+
 def read_metrics(host: str, port: int, seconds: float = 10.0) -> list[tuple[str, str, float]]:
     """Name, labels as they are written, and value of each of a server's metrics that has labels.
 
@@ -188,7 +200,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=int(os.environ.get("HTTP_PORT") or 8000))
     parser.add_argument("--metrics-port", type=int, default=int(os.environ.get("METRICS_PORT") or 8002))
     parser.add_argument("--patient", action="store_true", help="a server that has too much to do, and does it, is well")
-    parser.add_argument("--model", choices=MODELS, default="explain")
+    served = "classify" if os.environ.get("MODELS") == "classify" else "explain"
+    parser.add_argument("--model", choices=MODELS, default=served, help=f"default, by MODELS: {served}")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long it may take (default: 5)")
     arguments = parser.parse_args()
     try:

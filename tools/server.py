@@ -231,6 +231,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.server", description=__doc__.splitlines()[0])
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
     parser.add_argument("--most-restarts", type=int, default=Watch().most_restarts, help="within ten minutes")
+    parser.add_argument(
+        "--probe-seconds",
+        type=float,
+        default=Watch().probe_seconds,
+        help="within which something must have gone on; more than a pass of the gradients takes (default: 4)",
+    )
     arguments = parser.parse_args()
     from tools.export import ensure_exported  # needs torch, which takes seconds to import
 
@@ -246,7 +252,7 @@ def main() -> None:
             print(f"log      {server.log_file}")
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
-            watch = Watch(most_restarts=arguments.most_restarts)
+            watch = Watch(probe_seconds=arguments.probe_seconds, most_restarts=arguments.most_restarts)
             supervise(server, watch, say=lambda message: print(f"server: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"server: {error}")

@@ -19,7 +19,8 @@ from tools.triton_process import ServerError, TritonProcess
 class Watch:
     """How closely to look, in seconds.
 
-    One image may take 4 s to decode, so two probes in a row must fail.
+    One image may take 4 s to decode, so two probes in a row must fail. A single pass of the gradients must not take
+    longer than ``probe_seconds``.
     """
 
     interval: float = 2.0
@@ -32,6 +33,8 @@ class Watch:
     longest_pause: float = 30.0
     most_restarts: int = 6
     window: float = 600.0
+    # What is asked: `explain`, or `classify` where nothing else is served.
+    model: str = "explain"
 
 
 def supervise(server: TritonProcess, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None) -> None:
@@ -82,7 +85,9 @@ def trouble(server: TritonProcess, watch: Watch) -> tuple[str, bool]:
         except subprocess.TimeoutExpired:
             pass
         try:
-            probe_patiently(server.host, server.ports.http, server.ports.metrics, seconds=watch.probe_seconds)
+            probe_patiently(
+                server.host, server.ports.http, server.ports.metrics, watch.model, seconds=watch.probe_seconds
+            )
             failures, was_well = 0, True
         except ProbeError as failure:
             failures += 1

@@ -23,7 +23,8 @@ N_STEPS = 50
 
 app = FastAPI()
 source = load_source("shapes")
-model = source.module.eval()
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = source.module.eval().to(device)
 integrated_gradients = IntegratedGradients(model)
 transform = transforms.Compose(
     [
@@ -37,7 +38,7 @@ transform = transforms.Compose(
 
 async def read_image(request: Request) -> torch.Tensor:
     image = Image.open(io.BytesIO(await request.body())).convert("RGB")
-    return transform(image).unsqueeze(0)
+    return transform(image).unsqueeze(0).to(device)
 
 
 def predict(pixels: torch.Tensor) -> torch.Tensor:

@@ -20,14 +20,14 @@ import torch
 from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
 from tools.bench.load import jpeg_images
 from tools.export import ensure_exported
-from tools.measuring import describe_machine
+from tools.measuring import default_device, describe_machine
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 
 
-def measure_engine(quick: bool) -> dict[str, Any]:
+def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
     """Against Captum in this process."""
-    contestants = engine.Contestants(torch.device("cpu"), "ieee", 4)
+    contestants = engine.Contestants(device, "tf32" if device.type == "cuda" else "ieee", 4)
     repeats = 1 if quick else 3
     if not quick:
         contestants.tune()
@@ -45,7 +45,7 @@ def measure_engine(quick: bool) -> dict[str, Any]:
 
 def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
     """What to measure, in order; servers are started when a part first needs them."""
-    device, images, started = torch.device("cpu"), jpeg_images(), {}
+    device, images, started = default_device(), jpeg_images(), {}
 
     def triton() -> EmbeddedServer:
         if "triton" not in started:
@@ -61,9 +61,10 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
     def both() -> tuple[server.BaselineService, EmbeddedServer, list[bytes]]:
         return service(), triton(), images
 
+    many = [32] if device.type == "cuda" else []
     if quick:
         return {
-            "engine": lambda: measure_engine(quick),
+            "engine": lambda: measure_engine(quick, device),
             "sampling": lambda: sampling.measure(device, 1, (200,)),
             "shares": lambda: scaling.measure_shares(triton(), images, 10),
             "scaling": lambda: scaling.measure_scaling(triton(), images, 1, quick),
@@ -72,8 +73,8 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             "isolation": lambda: server.measure_isolation(*both(), 30, 5, saturating_steps=25, long_steps=50),
         }
     return {
-        "engine": lambda: measure_engine(quick),
-        "sampling": lambda: sampling.measure(device, 5),
+        "engine": lambda: measure_engine(quick, device),
+        "sampling": lambda: sampling.measure(device, 4),
         "shares": lambda: scaling.measure_shares(triton(), images, 40),
         "scaling": lambda: scaling.measure_scaling(triton(), images, 3, quick),
         "analyzer": lambda: analyzer.measure(triton(), folder / "perf", quick),
@@ -82,7 +83,8 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             "n_steps": 200,
             "seconds": stream.measure(triton(), clients=8, n_steps=200, blocks=1, calls=20),
         },
-        "throughput": lambda: server.measure_throughput(*both(), [1, 2, 4, 8, 16], 12),
+        "throughput": lambda: server.measure_throughput(*both(), [1, 2, 4, 8, 16, *many], 12),
+        "accuracy": lambda: server.measure_accuracy(*both()),
         "isolation": lambda: server.measure_isolation(*both(), 100, 20),
     }
 
@@ -110,11 +112,9 @@ def main() -> None:
     started = time.monotonic()
     found = json.loads(arguments.known.read_text()) if arguments.known else {}
     command = " ".join(["python -m tools.bench", *sys.argv[1:]])
-    minutes_before = found.get("minutes", 0.0)
-    found |= {
-        "command": f"{found['command']}`, then `{command}" if found else command,
-        "machine": describe_machine(torch.device("cpu")),
-    }
+    # Each part says what it was measured by: others may be taken over.
+    measured = found.pop("measured", {})
+    found |= {"command": command, "machine": describe_machine(), "measured": measured}
     with ExitStack() as stack:
         measures = parts(arguments.quick, OUTPUTS / "bench", stack)
         if unknown := set(arguments.only or ()) - set(measures):
@@ -122,9 +122,11 @@ def main() -> None:
         chosen = [name for name in measures if name in (arguments.only or measures)]
         for number, name in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}, {(time.monotonic() - started) / 60:.0f} min] {name}", flush=True)
+            part_started = time.monotonic()
             found[name] = measures[name]()
-            found["minutes"] = minutes_before + (time.monotonic() - started) / 60
-            found = rounded(found)
+            minutes = (time.monotonic() - part_started) / 60
+            measured[name] = {"command": command, "minutes": minutes, "machine": found["machine"]}
+            found = rounded(found | {"measured": measured, "minutes": (time.monotonic() - started) / 60})
             # After each part, so that --from goes on where something failed.
             (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
     text = report.markdown(found, report.draw(found, arguments.out))

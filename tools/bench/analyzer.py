@@ -25,10 +25,10 @@ def measure(server: EmbeddedServer, folder: Path, quick: bool) -> list[dict[str,
     # Registering memory is an operator's right.
     key = server.grpc_admin_headers[f"triton-grpc-protocol-{ADMIN_HEADER}"]
     shared = ["--shared-memory", "system", "--output-shared-memory-size", "1000000"]
-    shared += ["-H", f"triton-grpc-protocol-{ADMIN_HEADER}:{key}"]
+    secret = ["-H", f"triton-grpc-protocol-{ADMIN_HEADER}:{key}"]
     runs = [
         ("classify", "closed loop", [*often, "--concurrency-range", "1:7:3"]),
-        ("classify", "closed loop, shared memory", [*shared, *often, "--concurrency-range", "1:7:3"]),
+        ("classify", "closed loop, shared memory", [*shared, *secret, *often, "--concurrency-range", "1:7:3"]),
         ("classify", "rate", [*often, "--request-rate-range", "5:15:5"]),
         # perf_analyzer shares no memory with models that have optional inputs.
         ("explain", "closed loop", [*seldom, *steps, "--concurrency-range", "1:4:3"]),
@@ -56,7 +56,7 @@ def measure(server: EmbeddedServer, folder: Path, quick: bool) -> list[dict[str,
             {
                 "model": model,
                 "kind": kind,
-                "options": [each for each in options if key not in each],
+                "options": [each for each in options if each not in secret],
                 "loads": [_load(row, first) for row in rows],
                 "mean_batch": {
                     name: (after[name][0] - before[name][0]) / (after[name][1] - before[name][1])
@@ -107,4 +107,9 @@ def table(found: list[dict[str, Any]]) -> str:
             if load["first_ms"]:
                 p50, p95, p99 = (f"{value:.0f} ms" for value in load["first_ms"])
                 lines.append(f"| | first response | | | {p50} | {p95} | {p99} | | | |")
+    lines += [
+        "",
+        "Queue and compute as Triton counts them; `integrated_gradients` is counted up to `hold_seconds` a request, "
+        "answered or not, so those of `explain` are not the whole.",
+    ]
     return "\n".join(lines)

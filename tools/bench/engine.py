@@ -52,7 +52,7 @@ from tools.measuring import (
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import view_pixels
 
-CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 10, 13, 17, 25)
+CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 9, 10, 13, 17, 25)
 GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
 # The precision gate on a GPU: images, steps, and the midpoint rule that stands for the integral.
 PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048

@@ -29,7 +29,7 @@ TORCHSERVE = (
 def headlines(report: dict[str, Any]) -> Iterator[str]:
     """What the measurements come to, a sentence each."""
     if rows := report.get("throughput"):
-        clients = max(row["clients"] for row in rows if row["clients"] <= 8)
+        clients = max(row["clients"] for row in rows if row["clients"] in (4, 8, 32))
         base = next(row for row in rows if row["contender"] == server.BASELINE and row["clients"] == clients)
         for row, times in zip(rows, server.times_baseline(rows)):
             if row["clients"] == clients and row is not base:
@@ -45,6 +45,9 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
                 f"large matrix product's), would be {most / base['per_second']:.2f} times that baseline's at {clients} "
                 "clients."
             )
+    if accuracy := report.get("accuracy"):
+        told = (f"{name} {np.median(errors):.4f}" for name, errors in accuracy.items())
+        yield f"Their relative errors, medians of {len(accuracy[server.BASELINE])} images: {'; '.join(told)}."
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
         yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."
@@ -60,6 +63,8 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
             f"In one process, `calibrated` with 16 steps is {typical['captum'] / typical['calibrated, 16 steps']:.2f} "
             f"times as fast as Captum's {engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
         )
+    if " beside " not in report["machine"]["hardware"]:
+        yield "GPU: missing; no figure here is of one."
 
 
 def cost_table(found: dict[str, Any]) -> str:
@@ -79,6 +84,7 @@ def cost_table(found: dict[str, Any]) -> str:
 Section = tuple[str, str, Callable[[Any], str]]
 SECTIONS: tuple[Section, ...] = (
     ("throughput", "Against FastAPI and Captum", lambda rows: f"{server.throughput_table(rows)}\n\n{TORCHSERVE}"),
+    ("accuracy", "How exact these answers are", server.accuracy_table),
     ("isolation", "Beside saturated explanations", server.isolation_table),
     ("shares", "Where the time goes", scaling.shares_table),
     ("scaling", "Steps, batches, image sizes", scaling.scaling_table),
@@ -101,6 +107,10 @@ def markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
     for name, title, table in SECTIONS:
         if name in report:
             lines += ["", f"## {title}", ""]
+            own = report["measured"][name]
+            if own["command"] != report["command"] or own["machine"] != report["machine"]:
+                machine = ", ".join(f"{name} {value}" for name, value in own["machine"].items())
+                lines += [f"*By `{own['command']}`, {own['minutes']:.0f} minutes: {machine}.*", ""]
             if name in pictures:
                 lines += [f"![{title}]({pictures[name]})", ""]
             lines.append(table(report[name]))

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import random
+import re
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,16 @@ from tqdm import tqdm
 from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
+from tools.bench.scaling import METRICS_SECONDS
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
+from tools.probe import read_metrics
 from tools.server import EmbeddedServer, Ports
 from tools.triton_process import SHARED_MEMORY
 
-# Gradients a second that are asked, on average; 2 CPU cores take some 28 beside all else.
-GRADIENTS_PER_SECOND = 23.0
+# Gradients a second that are asked, on average; 2 CPU cores take some 21 beside all else.
+GRADIENTS_PER_SECOND = 19.0
 WORKERS = 16
 WATCH_EVERY = 5.0
 # An answer may differ from that of an idle server by the rounding of other chunk sizes.
@@ -77,8 +82,9 @@ COMPARED = (
 class Traffic:
     """The requests, what became of them, and what should have."""
 
-    def __init__(self, url: str, images: list[bytes]) -> None:
+    def __init__(self, url: str, images: list[bytes], seed: int = 0) -> None:
         self.url, self.images = url, images
+        self._random = random.Random(seed)
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.latencies: list[tuple[float, str, float]] = []  # when, kind, seconds
         self.distances: list[float] = []
@@ -103,9 +109,8 @@ class Traffic:
             return last.saliency
         return self._client().explain(self.images[index], **parameters).saliency
 
-    def ask(self, kind: str, index: int) -> None:
-        """One request, to its end."""
-        started = time.monotonic()
+    def ask(self, kind: str, index: int, at: float) -> None:
+        """One request that comes at a time of ``time.monotonic``, to its end."""
         try:
             outcome = self._ask(kind, index)
         except Exception as failure:
@@ -114,7 +119,7 @@ class Traffic:
                 self.wrong.append(f"{kind}: {failure!r:.300}")
         with self._lock:
             self.outcomes[kind, outcome] += 1
-            self.latencies.append((started - self._started, kind, time.monotonic() - started))
+            self.latencies.append((at - self._started, kind, time.monotonic() - at))
 
     def _ask(self, kind: str, index: int) -> str:
         client, image, parameters = self._client(), self.images[index], KINDS[kind][2]
@@ -144,22 +149,25 @@ class Traffic:
 
     def _cancel(self, image: bytes, parameters: dict[str, Any]) -> str:
         """Half of them a stream left after its prediction, half a call that is cancelled."""
-        if random.random() < 0.5:
+        if self._random.random() < 0.5:
             for _ in self._client().explain_stream(image, **parameters):
                 return "cancelled"
         if not hasattr(self._local, "triton"):
             self._local.triton = tritonclient.grpc.InferenceServerClient(self.url)
-        done = threading.Event()
+        ended: queue.Queue[Exception | None] = queue.Queue()
         call = self._local.triton.async_infer(
             "explain",
             [image_tensor(image)],
-            lambda result, error: done.set(),
+            lambda result, error: ended.put(error),
             parameters={**parameters, "n_steps": 20},
         )
-        time.sleep(random.uniform(0.02, 0.5))
+        time.sleep(self._random.uniform(0.02, 0.5))
         call.cancel()
-        if not done.wait(60):
-            raise AssertionError("a cancelled call has not ended")
+        error = ended.get(timeout=60)
+        if error is None:
+            return "answered before"
+        if error.status() != "StatusCode.CANCELLED":
+            raise error
         return "cancelled"
 
 
@@ -173,12 +181,42 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
     with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=round(seconds), unit="s") as progress:
         while at < until:
             time.sleep(max(0.0, at - time.monotonic()))
-            pool.submit(traffic.ask, random_.choices(kinds, weights)[0], random_.randrange(len(traffic.images)))
+            kind, index = random_.choices(kinds, weights)[0], random_.randrange(len(traffic.images))
+            pool.submit(traffic.ask, kind, index, at)
             count += 1
             pause = random_.expovariate(rate)
             at += pause
             progress.update(pause)
     return count
+
+
+def answered_by(server: EmbeddedServer) -> dict[str, int]:
+    """Requests to each model that the server itself counts as answered."""
+    time.sleep(METRICS_SECONDS)
+    found: Counter[str] = Counter()
+    for name, labels, value in read_metrics(server.host, server.ports.metrics):
+        if name == "nv_inference_request_success":
+            found[re.search('model="([^"]+)"', labels)[1]] += round(value)
+    return found
+
+
+def unaccounted(traffic: Traffic, requests: int, answered: Mapping[str, int]) -> list[str]:
+    """Where what was asked, what became of it, and what the server counts as ``answered`` do not agree.
+
+    What was cancelled on the way, the server may have answered.
+    """
+    wrong = []
+    if (ended := sum(traffic.outcomes.values())) != requests:
+        wrong.append(f"{requests} requests were sent, and {ended} have ended")
+    counts: Counter[str] = Counter()
+    for (kind, outcome), count in traffic.outcomes.items():
+        if outcome.startswith("answered") and kind != "stream":
+            counts["classify" if kind == "classify" else "explain"] += count
+    cancelled = traffic.outcomes["cancelled", "cancelled"]
+    for model, least in counts.items():
+        if not least <= answered[model] <= least + (cancelled if model == "explain" else 0):
+            wrong.append(f"{least} requests to {model} were answered, {answered[model]} by its own count")
+    return wrong
 
 
 def held(server: EmbeddedServer) -> dict[str, float]:
@@ -210,6 +248,13 @@ def growth(samples: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
     }
 
 
+def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
+    """What each thing that is watched grows by in an hour: least squares over all but the first fifth of the time."""
+    later = samples[len(samples) // 5 :]
+    hours = [sample["seconds"] / 3600 for sample in later]
+    return {name: float(np.polyfit(hours, [sample[name] for sample in later], 1)[0]) for name in MOST_GROWTH}
+
+
 def too_much_growth(found: dict[str, tuple[float, float]]) -> list[str]:
     """What grew by more than it may."""
     wrong = []
@@ -229,8 +274,18 @@ def table(report: dict[str, Any]) -> str:
             p50, p95, p99 = (f"{1e3 * np.percentile(seconds, part):.0f} ms" for part in (50, 95, 99))
             told = ", ".join(f"{count} {name}" for name, count in outcomes.items())
             lines.append(f"| {kind} | {len(seconds)} | {told} | {p50} | {p95} | {p99} |")
-    lines += ["", "| | second fifth of the time, median | last fifth |", "|---|---|---|"]
-    lines += [f"| {name} | {early:.0f} | {late:.0f} |" for name, (early, late) in report["growth"].items()]
+    lines += ["", "| p50 by fifths of the time | | | | | |", "|---|---|---|---|---|---|"]
+    for kind in ("classify", "explain, 20 steps"):
+        parts: list[list[float]] = [[] for _ in range(5)]
+        for at, own, taken in report["latencies"]:
+            if own == kind:
+                parts[min(4, int(5 * at / report["seconds"]))].append(taken)
+        cells = (f"{1e3 * np.median(part):.0f} ms" if part else "" for part in parts)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    lines += ["", "| | second fifth of the time, median | last fifth | an hour |", "|---|---|---|---|"]
+    hourly = slopes(report["samples"])
+    for name, (early, late) in report["growth"].items():
+        lines.append(f"| {name} | {early:.0f} | {late:.0f} | {hourly[name]:+.0f} |")
     lines += [
         "",
         f"{report['requests']} requests in {report['seconds']:.0f} s, all accounted for: {report['accounted']}; "
@@ -243,18 +298,20 @@ def table(report: dict[str, Any]) -> str:
 def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any]:
     """Run it; what was wrong is in ``wrong``."""
     images = jpeg_images()[:4]
-    traffic = Traffic(server.grpc_url, images)
+    traffic = Traffic(server.grpc_url, images, seed)
+    before = answered_by(server)
     started = time.monotonic()
     with Sampler(lambda: {"seconds": time.monotonic() - started, **held(server)}, WATCH_EVERY) as watch:
         requests = run(traffic, seconds, seed)
         elapsed = time.monotonic() - started
+    after = answered_by(server)
     grown = growth(watch.samples)
-    accounted = sum(traffic.outcomes.values()) == requests
-    wrong = [*traffic.wrong[:20], *too_much_growth(grown), *(() if accounted else ("requests are missing",))]
+    missing = unaccounted(traffic, requests, {model: after[model] - before[model] for model in after})
+    wrong = [*traffic.wrong[:20], *too_much_growth(grown), *missing]
     return {
         "seconds": elapsed,
         "requests": requests,
-        "accounted": accounted,
+        "accounted": not missing,
         "outcomes": [{"kind": kind, "outcome": name, "count": n} for (kind, name), n in traffic.outcomes.items()],
         "latencies": traffic.latencies,
         "compared": len(traffic.distances),
@@ -276,7 +333,7 @@ def main() -> None:
         found = soak(server, 60 * arguments.minutes, arguments.seed)
     report = {
         "command": " ".join(["python -m tools.bench.soak", *sys.argv[1:]]),
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": describe_machine(),
         **found,
     }
     write_report(report, table(report), arguments.out)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tritonclient.grpc
 
 from tools.bench.load import image_tensor, jpeg_images, saturated, triton_asker
@@ -98,7 +97,7 @@ def main() -> None:
         seconds = measure(server, arguments.clients, arguments.n_steps, arguments.blocks, arguments.calls)
     report = {
         "command": " ".join(["python -m tools.bench.stream", *sys.argv[1:]]),
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": describe_machine(),
         "clients": arguments.clients,
         "n_steps": arguments.n_steps,
         "seconds": seconds,

@@ -49,7 +49,7 @@ def stop_seconds(settings: Mapping[str, str]) -> int:
     Raises:
         SettingError: it is no number.
     """
-    return _number(settings, "STOP_SECONDS", 30)
+    return whole_number(settings, "STOP_SECONDS", 30)
 
 
 def ports(settings: Mapping[str, str]) -> Ports:
@@ -60,13 +60,18 @@ def ports(settings: Mapping[str, str]) -> Ports:
     """
     default = Ports()
     return Ports(
-        _number(settings, "HTTP_PORT", default.http),
-        _number(settings, "GRPC_PORT", default.grpc),
-        _number(settings, "METRICS_PORT", default.metrics),
+        whole_number(settings, "HTTP_PORT", default.http),
+        whole_number(settings, "GRPC_PORT", default.grpc),
+        whole_number(settings, "METRICS_PORT", default.metrics),
     )
 
 
-def _number(settings: Mapping[str, str], name: str, default: int) -> int:
+def whole_number(settings: Mapping[str, str], name: str, default: int) -> int:
+    """A setting that is a whole number.
+
+    Raises:
+        SettingError: it is none.
+    """
     value = settings.get(name) or str(default)
     if not value.isdecimal():
         raise SettingError(f"{name} must be a whole number, not {value!r}")

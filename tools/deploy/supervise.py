@@ -1,7 +1,7 @@
 """The container's Triton, watched: ``python3 -m tools.deploy.supervise`` starts it and starts it anew when it fails.
 
 For where nothing else does, as under compose; Kubernetes' own probes do the same for `tools.deploy.serve`. Settings are
-those of `serve.py`.
+those of `serve.py`, and PROBE_SECONDS (4), within which something must have gone on.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 
-from tools.deploy.serve import SettingError, command, ports, stop_seconds
-from tools.supervisor import supervise
+from tools.deploy.serve import SettingError, command, ports, stop_seconds, whole_number
+from tools.supervisor import Watch, supervise
 from tools.triton_options import ENVIRONMENT, Ports
 from tools.triton_process import ServerError, TritonProcess
 
@@ -35,6 +35,8 @@ class ContainerServer(TritonProcess):
 def main() -> None:
     try:
         server = ContainerServer(command(os.environ), ports(os.environ), stop_seconds(os.environ))
+        model = "classify" if os.environ.get("MODELS") == "classify" else "explain"
+        watch = Watch(probe_seconds=whole_number(os.environ, "PROBE_SECONDS", 4), model=model)
     except SettingError as error:
         sys.exit(f"supervise: {error}")
 
@@ -46,7 +48,7 @@ def main() -> None:
         signal.signal(number, stop)
     try:
         server.start()
-        supervise(server, say=lambda message: print(f"supervise: {message}", flush=True))
+        supervise(server, watch, say=lambda message: print(f"supervise: {message}", flush=True))
     except ServerError as error:
         sys.exit(f"supervise: {error}")
     except KeyboardInterrupt:

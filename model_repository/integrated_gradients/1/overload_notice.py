@@ -37,7 +37,7 @@ class OverloadNotice:
             return  # the word that is out says more, and must not be kept up by less
         self._until, self._rows = now + min(max(seconds, SECONDS), MOST_SECONDS), float(rows)
         with contextlib.suppress(OSError):  # it spares work, and nothing depends on it
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600)
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 os.write(descriptor, struct.pack(FORMAT, self._until, self._rows))
             finally:
