@@ -134,7 +134,7 @@ def measure_accuracy(service: BaselineService, server: EmbeddedServer, images: l
         def explain(image: bytes, parameters: dict[str, Any]) -> Tensor:
             outputs = [tritonclient.grpc.InferRequestedOutput("ATTRIBUTIONS")]
             answer = client.infer("explain", [image_tensor(image)], outputs=outputs, parameters=parameters)
-            return torch.from_numpy(answer.as_numpy("ATTRIBUTIONS")[0])
+            return torch.from_numpy(answer.as_numpy("ATTRIBUTIONS")[0].copy())
 
         for image in tqdm(images, desc="accuracy"):
             integral = explain(image, REFERENCE)
