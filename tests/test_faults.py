@@ -124,6 +124,7 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supe
             client.explain(image, n_steps=100)
         ended.put(time.monotonic())
 
+    time.sleep(3 * Watch().interval)  # for the supervisor to see that it is well again after the fault before
     thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(1)
