@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 
 import kubernetes_validate
@@ -24,7 +25,7 @@ from test_streaming import Stream
 from tools.bench.perf import libraries
 from tools.deploy.serve import SettingError, command
 from tools.paths import MODEL_REPOSITORY, ROOT
-from tools.probe import CHAINS, ProbeError, _hanging, probe, probe_patiently
+from tools.probe import CHAINS, NoAnswerError, ProbeError, _hanging, probe, probe_patiently
 from tools.server import EmbeddedServer, Ports
 from tools.supervisor import Watch
 from tools.triton_options import server_options
@@ -293,6 +294,21 @@ def test_the_probe_asks_all_models(server):
     probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics, "classify")
     with pytest.raises(ProbeError, match="does not answer"):
         probe("127.0.0.1", 1)
+
+
+@pytest.mark.parametrize("ended", [(3.0, 3.0), (3.0, 4.0)], ids=["none ends", "one ends"])
+def test_streams_that_are_late_are_told_from_streams_that_hang(server, monkeypatch, ended):
+    """The server is the real one; only its streams are late."""
+
+    def late(host, port, seconds):
+        raise NoAnswerError("explain_stream did not answer")
+
+    counts = iter(ended)
+    monkeypatch.setattr("tools.probe.probe_stream", late)
+    monkeypatch.setattr("tools.probe.total", lambda series, name: next(counts))
+    with pytest.raises(NoAnswerError) if ended[0] == ended[1] else nullcontext():
+        probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics, seconds=3)
+    assert next(counts, None) is None
 
 
 @needs("promtool")

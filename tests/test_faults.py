@@ -29,7 +29,7 @@ from tools.bench.processes import session
 from tools.bench.soak import soak
 from tools.export import FILE_NAME
 from tools.paths import MODEL_REPOSITORY, ROOT
-from tools.probe import probe_patiently, read_metrics
+from tools.probe import probe_patiently, read_metrics, total
 from tools.server import EmbeddedServer, Ports
 from tools.supervisor import Watch, supervise
 from tools.triton_process import ServerError
@@ -379,7 +379,7 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     file.write_bytes(image)
     process = subprocess.Popen([sys.executable, "-c", program, server.grpc_url, str(file)])
     until = time.monotonic() + 30
-    while not gradients_under_way(server):
+    while not total(read_metrics(server.host, server.ports.metrics), "integrated_gradients_waiting_images"):
         assert time.monotonic() < until
         time.sleep(0.05)
     process.kill()
@@ -390,12 +390,6 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     while len(os.listdir(f"/proc/{server.process.pid}/fd")) > before + 20 and time.monotonic() < until:
         time.sleep(0.2)
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 20
-
-
-def gradients_under_way(server: EmbeddedServer) -> float:
-    """Images that wait for gradients or get them."""
-    told = read_metrics(server.host, server.ports.metrics)
-    return sum(value for name, _, value in told if name == "integrated_gradients_waiting_images")
 
 
 def test_no_model_reads_a_clock_that_can_be_set():

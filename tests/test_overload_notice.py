@@ -6,7 +6,7 @@ import os
 import struct
 
 import pytest
-from overload_notice import SECONDS, OverloadNotice
+from overload_notice import MOST_SECONDS, SECONDS, OverloadNotice
 from overload_reading import OverloadedError, check_overload, gradients_asked
 
 
@@ -36,6 +36,13 @@ def test_requests_as_large_as_one_that_was_refused_are_turned_away_for_a_while(t
     assert not is_refused(tmp_path, tolerance=0.05)
     assert not is_refused(tmp_path, deadline_ms=100)
     clock[0] += SECONDS
+    assert not is_refused(tmp_path)
+
+
+def test_the_longest_word_is_heard(tmp_path, clock):
+    OverloadNotice(7, tmp_path).post(20, seconds=1e9)
+    assert is_refused(tmp_path)
+    clock[0] += MOST_SECONDS
     assert not is_refused(tmp_path)
 
 

@@ -83,10 +83,15 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What ``describe_machine`` found, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
 def write_report(report: Mapping[str, Any], markdown: str, file: Path) -> None:
     """Write a report as JSON and print it as Markdown, with the machine before it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    print(machine_line(report["machine"]))
     print(markdown)
     print(f"wrote {file}")

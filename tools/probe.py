@@ -35,7 +35,13 @@ STREAM_ANSWERS = ("IMAGE ", "the most streams ")
 # `integrated_gradients` before they are there.
 DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
 GRADIENTS_DONE = ("integrated_gradients_rows_total",)
+STREAMS_ENDED = "explain_stream_streams_total"
 PENDING = ("nv_inference_pending_request_count", "integrated_gradients_waiting_images")
+
+
+def served_model(settings: Mapping[str, str]) -> str:
+    """The model to ask of a server with these settings: `tools.deploy.serve` has them."""
+    return "classify" if settings.get("MODELS") == "classify" else "explain"
 
 
 class ProbeError(Exception):
@@ -99,9 +105,9 @@ def probe_patiently(host: str, port: int, metrics_port: int, model: str = "expla
     try:
         probe_stream(host, port, seconds)
     except NoAnswerError:
-        ended = _ended_streams(host, metrics_port, seconds)
+        ended = total(read_metrics(host, metrics_port, seconds), STREAMS_ENDED)
         time.sleep(seconds)
-        if _ended_streams(host, metrics_port, seconds) == ended:
+        if total(read_metrics(host, metrics_port, seconds), STREAMS_ENDED) == ended:
             raise
 
 
@@ -156,12 +162,15 @@ def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
     return found
 
 
-def _ended_streams(host: str, port: int, seconds: float) -> float:
-    """How many streams have come to their end, or been refused."""
-    return sum(value for name, _, value in read_metrics(host, port, seconds) if name == "explain_stream_streams_total")
+Series = list["tuple[str, str, float]"]
 
 
-def read_metrics(host: str, port: int, seconds: float = 10.0) -> list[tuple[str, str, float]]:
+def total(series: Series, name: str) -> float:
+    """The sum of a metric's values over all its labels."""
+    return sum(value for each, _, value in series if each == name)
+
+
+def read_metrics(host: str, port: int, seconds: float = 10.0) -> Series:
     """Name, labels as they are written, and value of each of a server's metrics that has labels.
 
     Raises:
@@ -200,7 +209,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=int(os.environ.get("HTTP_PORT") or 8000))
     parser.add_argument("--metrics-port", type=int, default=int(os.environ.get("METRICS_PORT") or 8002))
     parser.add_argument("--patient", action="store_true", help="a server that has too much to do, and does it, is well")
-    served = "classify" if os.environ.get("MODELS") == "classify" else "explain"
+    served = served_model(os.environ)
     parser.add_argument("--model", choices=MODELS, default=served, help=f"default, by MODELS: {served}")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long it may take (default: 5)")
     arguments = parser.parse_args()

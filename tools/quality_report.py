@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from tools.measuring import machine_line
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -48,7 +50,7 @@ def steps_for(report: dict[str, Any], output: str, method: str, error: float) ->
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    machine = machine_line(report["machine"])
     lines = [f"`{report['command']}`: {machine}", ""]
     for output in dict.fromkeys(entry["output"] for entry in report["results"]):
         lines += _rules_table(report, output)

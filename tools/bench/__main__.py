@@ -112,9 +112,8 @@ def main() -> None:
     started = time.monotonic()
     found = json.loads(arguments.known.read_text()) if arguments.known else {}
     command = " ".join(["python -m tools.bench", *sys.argv[1:]])
-    # Each part says what it was measured by: others may be taken over.
-    measured = found.pop("measured", {})
-    found |= {"command": command, "machine": describe_machine(), "measured": measured}
+    found |= {"command": command, "machine": describe_machine()}
+    found.setdefault("measured", {})  # each part says what it was measured by: others may be taken over
     with ExitStack() as stack:
         measures = parts(arguments.quick, OUTPUTS / "bench", stack)
         if unknown := set(arguments.only or ()) - set(measures):
@@ -125,8 +124,9 @@ def main() -> None:
             part_started = time.monotonic()
             found[name] = measures[name]()
             minutes = (time.monotonic() - part_started) / 60
-            measured[name] = {"command": command, "minutes": minutes, "machine": found["machine"]}
-            found = rounded(found | {"measured": measured, "minutes": (time.monotonic() - started) / 60})
+            found["measured"][name] = {"command": command, "minutes": minutes, "machine": found["machine"]}
+            found["minutes"] = (time.monotonic() - started) / 60
+            found = rounded(found)
             # After each part, so that --from goes on where something failed.
             (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
     text = report.markdown(found, report.draw(found, arguments.out))

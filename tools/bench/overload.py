@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from tools.bench.load import image_tensor, jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
-from tools.bench.scaling import METRICS_SECONDS
+from tools.bench.scaling import settled_metrics
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, write_report
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
-from tools.probe import read_metrics
+from tools.probe import total
 from tools.server import EmbeddedServer, Ports
 
 N_STEPS = 20
@@ -101,15 +101,12 @@ def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parame
 
 def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
     """From explanations' first gradients to their last, in the server's own histogram: counts by end, and seconds."""
-    time.sleep(METRICS_SECONDS)
+    series = settled_metrics(server)
     ends: Counter[float] = Counter()
-    seconds = 0.0
-    for name, labels, value in read_metrics(server.host, server.ports.metrics):
+    for name, labels, value in series:
         if name == "integrated_gradients_compute_seconds_bucket":
             ends[float(re.search('le="([^"]+)"', labels)[1])] += value
-        elif name == "integrated_gradients_compute_seconds_sum":
-            seconds += value
-    return ends, seconds
+    return ends, total(series, "integrated_gradients_compute_seconds_sum")
 
 
 def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import matplotlib.ticker
 import numpy as np
 
 from tools.bench import analyzer, engine, sampling, scaling, server, stream
+from tools.measuring import machine_line
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,20 +102,23 @@ SECTIONS: tuple[Section, ...] = (
 
 def markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
     """The whole report; ``pictures`` are files by the section they belong to."""
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = ["# Benchmarks", "", f"`{report['command']}`, {report['minutes']:.0f} minutes: {machine}.", ""]
+    lines = ["# Benchmarks", "", f"{_origin(report)}.", ""]
     lines += [f"- {line}" for line in headlines(report)]
     for name, title, table in SECTIONS:
         if name in report:
             lines += ["", f"## {title}", ""]
             own = report["measured"][name]
             if own["command"] != report["command"] or own["machine"] != report["machine"]:
-                machine = ", ".join(f"{name} {value}" for name, value in own["machine"].items())
-                lines += [f"*By `{own['command']}`, {own['minutes']:.0f} minutes: {machine}.*", ""]
+                lines += [f"*By {_origin(own)}.*", ""]
             if name in pictures:
                 lines += [f"![{title}]({pictures[name]})", ""]
             lines.append(table(report[name]))
     return "\n".join(lines) + "\n"
+
+
+def _origin(measured: dict[str, Any]) -> str:
+    """By what, how long and on what something was measured."""
+    return f"`{measured['command']}`, {measured['minutes']:.0f} minutes: {machine_line(measured['machine'])}"
 
 
 def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:

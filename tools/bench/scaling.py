@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tools.bench.load import image_tensor, run_block, triton_asker
 from tools.measuring import timed
-from tools.probe import read_metrics
+from tools.probe import Series, read_metrics, total
 from tools.server import EmbeddedServer
 from tools.shapes.dataset import draw_scene
 
@@ -100,16 +100,21 @@ def measure_shares(server: EmbeddedServer, images: list[bytes], calls: int, n_st
     }
 
 
+def settled_metrics(server: EmbeddedServer) -> Series:
+    """A server's metrics, once what has happened until now is in them."""
+    time.sleep(METRICS_SECONDS)
+    return read_metrics(server.host, server.ports.metrics)
+
+
 def _told(server: EmbeddedServer, client: tritonclient.grpc.InferenceServerClient) -> dict[str, float]:
     """Milliseconds so far."""
     found = {}
     for model in OTHERS:
         statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
         found |= {f"{model} {part}": getattr(statistics, part).ns / 1e6 for part in PARTS}
-    time.sleep(METRICS_SECONDS)
-    series = read_metrics(server.host, server.ports.metrics)
+    series = settled_metrics(server)
     for name, metric in (("gradients", "compute_seconds"), ("gradients wait", "wait_seconds")):
-        found[name] = 1e3 * sum(value for each, _, value in series if each == f"integrated_gradients_{metric}_sum")
+        found[name] = 1e3 * total(series, f"integrated_gradients_{metric}_sum")
     return found
 
 

@@ -29,11 +29,10 @@ from tqdm import tqdm
 from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
-from tools.bench.scaling import METRICS_SECONDS
+from tools.bench.scaling import settled_metrics
 from tools.export import ensure_exported
 from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
-from tools.probe import read_metrics
 from tools.server import EmbeddedServer, Ports
 from tools.triton_process import SHARED_MEMORY
 
@@ -163,7 +162,10 @@ class Traffic:
         )
         time.sleep(self._random.uniform(0.02, 0.5))
         call.cancel()
-        error = ended.get(timeout=60)
+        try:
+            error = ended.get(timeout=60)
+        except queue.Empty:
+            raise AssertionError("a cancelled call has not ended") from None
         if error is None:
             return "answered before"
         if error.status() != "StatusCode.CANCELLED":
@@ -192,9 +194,8 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
 
 def answered_by(server: EmbeddedServer) -> dict[str, int]:
     """Requests to each model that the server itself counts as answered."""
-    time.sleep(METRICS_SECONDS)
     found: Counter[str] = Counter()
-    for name, labels, value in read_metrics(server.host, server.ports.metrics):
+    for name, labels, value in settled_metrics(server):
         if name == "nv_inference_request_success":
             found[re.search('model="([^"]+)"', labels)[1]] += round(value)
     return found
@@ -283,9 +284,8 @@ def table(report: dict[str, Any]) -> str:
         cells = (f"{1e3 * np.median(part):.0f} ms" if part else "" for part in parts)
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += ["", "| | second fifth of the time, median | last fifth | an hour |", "|---|---|---|---|"]
-    hourly = slopes(report["samples"])
     for name, (early, late) in report["growth"].items():
-        lines.append(f"| {name} | {early:.0f} | {late:.0f} | {hourly[name]:+.0f} |")
+        lines.append(f"| {name} | {early:.0f} | {late:.0f} | {report['slopes'][name]:+.0f} |")
     lines += [
         "",
         f"{report['requests']} requests in {report['seconds']:.0f} s, all accounted for: {report['accounted']}; "
@@ -317,6 +317,7 @@ def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any
         "compared": len(traffic.distances),
         "largest_distance": max(traffic.distances, default=0.0),
         "growth": grown,
+        "slopes": slopes(watch.samples),
         "samples": watch.samples,
         "wrong": wrong,
     }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 from tools.deploy.serve import SettingError, command, ports, stop_seconds, whole_number
+from tools.probe import served_model
 from tools.supervisor import Watch, supervise
 from tools.triton_options import ENVIRONMENT, Ports
 from tools.triton_process import ServerError, TritonProcess
@@ -35,8 +36,8 @@ class ContainerServer(TritonProcess):
 def main() -> None:
     try:
         server = ContainerServer(command(os.environ), ports(os.environ), stop_seconds(os.environ))
-        model = "classify" if os.environ.get("MODELS") == "classify" else "explain"
-        watch = Watch(probe_seconds=whole_number(os.environ, "PROBE_SECONDS", 4), model=model)
+        seconds = whole_number(os.environ, "PROBE_SECONDS", 4)
+        watch = Watch(probe_seconds=seconds, model=served_model(os.environ))
     except SettingError as error:
         sys.exit(f"supervise: {error}")
 
