@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,15 +172,16 @@ def test_it_gives_up_after_a_bound(tmp_path):
     assert said[0].endswith("restart 1 of at most 2 in 0.1 s")
 
 
-@pytest.mark.slow
-def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_path, image):
+@contextlib.contextmanager
+def supervised_with(tmp_path: Path, fault: str) -> Iterator[tuple[EmbeddedServer, list[str], Path]]:
+    """A supervised server whose passes of gradients have a fault while there is a file: it, what was said, the file."""
     repository = with_settings(tmp_path, "integrated_gradients")
-    fault, file = tmp_path / "fault", repository / "integrated_gradients" / "1" / "classifier_network.py"
+    there, file = tmp_path / "fault", repository / "integrated_gradients" / "1" / "classifier_network.py"
     before = "        return self._network.row_gradients(rows[:count], any_paired)\n"
     injected = f"""
-        import os
-        if os.path.exists({str(fault)!r}):
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        import os, time
+        while os.path.exists({str(there)!r}):
+            {fault}
 """
     assert file.read_text().count(before) == 1
     file.write_text(file.read_text().replace(before, injected + before))
@@ -194,25 +196,47 @@ def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_pat
         thread = threading.Thread(target=watch)
         thread.start()
         try:
-            fault.touch()
-            with (
-                ExplainClient(server.grpc_url, timeout=20, retries=0) as client,
-                pytest.raises(ExplainError, match="illegal memory access") as failure,
-            ):
-                client.explain(image, n_steps=20)
-            assert failure.value.status == "INTERNAL"
-            fault.unlink()
-            failed = time.monotonic()
-            while not said and time.monotonic() < failed + RECOVERY_SECONDS:
-                time.sleep(0.1)
-            recovers(server.grpc_url, image)
-            print(f"good again {time.monotonic() - failed:.1f} s after the failure: {said}")
-            assert said
-            assert time.monotonic() < failed + RECOVERY_SECONDS
+            yield server, said, there
         finally:
+            there.unlink(missing_ok=True)
             server.process.kill()  # once more than it may be restarted
             thread.join(60)
+
+
+@pytest.mark.slow
+def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_path, image):
+    fault = 'raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")'
+    with supervised_with(tmp_path, fault) as (server, said, there):
+        there.touch()
+        with (
+            ExplainClient(server.grpc_url, timeout=20, retries=0) as client,
+            pytest.raises(ExplainError, match="illegal memory access") as failure,
+        ):
+            client.explain(image, n_steps=20)
+        assert failure.value.status == "INTERNAL"
+        there.unlink()
+        failed = time.monotonic()
+        while not said and time.monotonic() < failed + RECOVERY_SECONDS:
+            time.sleep(0.1)
+        recovers(server.grpc_url, image)
+        print(f"good again {time.monotonic() - failed:.1f} s after the failure: {said}")
+        assert said
+        assert time.monotonic() < failed + RECOVERY_SECONDS
     assert "its device has failed" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_gradients_that_hang_in_a_process_that_answers_are_noticed(tmp_path, image):
+    with supervised_with(tmp_path, "time.sleep(0.1)") as (server, said, there):
+        there.touch()
+        hung = time.monotonic()
+        with ExplainClient(server.grpc_url, timeout=120, retries=0) as client, pytest.raises(ExplainError):
+            client.explain(image, n_steps=20)
+        assert said
+        there.unlink()
+        seconds = recovers(server.grpc_url, image, since=hung)
+        print(f"good again {seconds:.1f} s after the beginning: {said}")
+        assert "integrated_gradients does not go on" in said[0]
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,7 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
     return count
 
 
-def answered_by(server: EmbeddedServer) -> dict[str, int]:
+def answered_by(server: EmbeddedServer) -> Counter[str]:
     """Requests to each model that the server itself counts as answered."""
     found: Counter[str] = Counter()
     for name, labels, value in settled_metrics(server):
@@ -201,7 +200,7 @@ def answered_by(server: EmbeddedServer) -> dict[str, int]:
     return found
 
 
-def unaccounted(traffic: Traffic, requests: int, answered: Mapping[str, int]) -> list[str]:
+def unaccounted(traffic: Traffic, requests: int, answered: Counter[str]) -> list[str]:
     """Where what was asked, what became of it, and what the server counts as ``answered`` do not agree.
 
     What was cancelled on the way, the server may have answered.
@@ -304,9 +303,8 @@ def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any
     with Sampler(lambda: {"seconds": time.monotonic() - started, **held(server)}, WATCH_EVERY) as watch:
         requests = run(traffic, seconds, seed)
         elapsed = time.monotonic() - started
-    after = answered_by(server)
     grown = growth(watch.samples)
-    missing = unaccounted(traffic, requests, {model: after[model] - before[model] for model in after})
+    missing = unaccounted(traffic, requests, answered_by(server) - before)
     wrong = [*traffic.wrong[:20], *too_much_growth(grown), *missing]
     return {
         "seconds": elapsed,
