@@ -75,6 +75,8 @@ COMPARED = (
     "explain, noise",
     "stream",
 )
+# What brings the server's memory to what it needs for full batches, before it is watched.
+WARMING = ("classify", "explain, 8 steps", "explain, noise", "explain, deadline", "stream")
 
 
 class Traffic:
@@ -89,10 +91,11 @@ class Traffic:
         self.wrong: list[str] = []
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._started = time.monotonic()
         self._expected = {
             (kind, index): self._saliency(kind, index) for kind in COMPARED for index in range(len(images))
         }
+        self.warm_up()
+        self._started = time.monotonic()
 
     def _client(self) -> ExplainClient:
         if not hasattr(self._local, "client"):
@@ -106,6 +109,13 @@ class Traffic:
             assert isinstance(last, Level)
             return last.saliency
         return self._client().explain(self.images[index], **parameters).saliency
+
+    def warm_up(self) -> None:
+        """As many requests at once as there ever are, of a few kinds in turn; one that fails raises."""
+        indices = [worker % len(self.images) for worker in range(WORKERS)]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for kind in WARMING:
+                list(pool.map(self._ask, [kind] * WORKERS, indices))
 
     def ask(self, kind: str, index: int, at: float) -> None:
         """One request that comes at a time of ``time.monotonic``, to its end."""
