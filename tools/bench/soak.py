@@ -187,17 +187,16 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
     random_ = random.Random(seed)
     kinds, weights = zip(*((kind, share) for kind, (share, *_) in KINDS.items()))
     rate = GRADIENTS_PER_SECOND / sum(share * gradients for share, gradients, _ in KINDS.values())
-    count, at = 0, time.monotonic()
-    until = at + seconds
+    count, at = 0, (started := time.monotonic())
+    until = started + seconds
     with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=round(seconds), unit="s") as progress:
         while at < until:
             time.sleep(max(0.0, at - time.monotonic()))
             kind, index = random_.choices(kinds, weights)[0], random_.randrange(len(traffic.images))
             pool.submit(traffic.ask, kind, index, at)
             count += 1
-            pause = random_.expovariate(rate)
-            at += pause
-            progress.update(pause)
+            at += random_.expovariate(rate)
+            progress.update(round(min(at, until) - started) - progress.n)
     return count
 
 
