@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,8 +92,16 @@ def supervised(tmp_path_factory):
         process.wait(60)
 
 
+def notices(said: Callable[[], object], since: float) -> float:
+    """Seconds since then until a supervisor has said something, which it does when it has stopped the server."""
+    while not said():
+        assert time.monotonic() < since + RECOVERY_SECONDS, "nobody noticed"
+        time.sleep(0.1)
+    return time.monotonic() - since
+
+
 def recovers(url: str, image: bytes, stream: bool = False, since: float | None = None) -> float:
-    """Seconds, from now or since then, until a good request is answered."""
+    """Seconds, from now or since then, until a good request is answered: fewer than it may take."""
     started = time.monotonic() if since is None else since
     while True:
         try:
@@ -102,7 +110,9 @@ def recovers(url: str, image: bytes, stream: bool = False, since: float | None =
                 if stream:
                     for _ in client.explain_stream(image, n_steps=1):
                         pass
-                return time.monotonic() - started
+                seconds = time.monotonic() - started
+                assert seconds < RECOVERY_SECONDS
+                return seconds
         except ExplainError as error:
             if time.monotonic() - started >= RECOVERY_SECONDS:
                 raise AssertionError(f"no answer after {RECOVERY_SECONDS} s: {error}") from None
@@ -131,10 +141,7 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supe
     time.sleep(1)
     killed = time.monotonic()
     os.kill(victim, number)
-    while "restart " not in log.read_text()[logged:]:
-        assert time.monotonic() < killed + RECOVERY_SECONDS, "nobody noticed"
-        time.sleep(0.1)
-    noticed = time.monotonic() - killed
+    noticed = notices(lambda: "restart " in log.read_text()[logged:], since=killed)
     seconds = recovers(url, image, stream=True, since=killed)
     under_way = ended.get(timeout=1) - killed
     print(f"{model} {number.name}: noticed after {noticed:.1f} s, good again after {seconds:.1f} s", end=", ")
@@ -155,28 +162,19 @@ def test_it_gives_up_after_a_bound(tmp_path):
     with server:
 
         def kill_again_and_again() -> None:
-            for _ in range(3):
-                while server.process.poll() is not None or not server.is_ready():
+            for restarts in range(3):
+                while said.count("ready again") < restarts:
                     time.sleep(0.1)
                 server.process.kill()
-                server.process.wait()
-                time.sleep(1)
 
         thread = threading.Thread(target=kill_again_and_again, daemon=True)
         thread.start()
         with pytest.raises(
-            ServerError, match=r"gave up after 2 restarts within 600 s; the last time: (Triton|the server) ended with"
+            ServerError, match="gave up after 2 restarts within 600 s; the last time: Triton ended with"
         ):
             supervise(server, watch, say)
         thread.join(10)
     assert said[0].endswith("restart 1 of at most 2 in 0.1 s")
-
-
-def noticed(said: list[str], since: float) -> None:
-    """Wait until a supervisor has said something, which it does when the server has been stopped."""
-    while not said:
-        assert time.monotonic() < since + RECOVERY_SECONDS, "nobody noticed"
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -223,7 +221,7 @@ def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_pat
         assert failure.value.status == "INTERNAL"
         there.unlink()
         failed = time.monotonic()
-        noticed(said, since=failed)
+        notices(lambda: said, since=failed)
         seconds = recovers(server.grpc_url, image, since=failed)
         print(f"good again {seconds:.1f} s after the failure: {said}")
     assert "its device has failed" in (tmp_path / "log").read_text()
@@ -239,7 +237,7 @@ def test_gradients_that_hang_in_a_process_that_answers_are_noticed(tmp_path, ima
             pytest.raises(ExplainError),
         ):
             client.explain(image, n_steps=20)
-        noticed(said, since=hung)
+        notices(lambda: said, since=hung)
         there.unlink()
         seconds = recovers(server.grpc_url, image, since=hung)
         print(f"good again {seconds:.1f} s after the beginning: {said}")
@@ -381,7 +379,7 @@ def test_shared_memory_that_is_full_fails_requests_and_not_the_server(tmp_path, 
             with pytest.raises(tritonclient.grpc.InferenceServerException) as failure:
                 infer(triton, [image] * 32, n_steps=1, timeout_seconds=60)
             print(failure.value)
-            assert recovers(server.grpc_url, image) < RECOVERY_SECONDS
+            recovers(server.grpc_url, image)
         assert server.process.poll() is None
 
 
