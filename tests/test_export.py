@@ -3,15 +3,18 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import scene_pixels, untrained
+from conftest import MEAN, STD, scene_pixels, untrained
 
 from tools import export
-from tools.export import ExportError, load_source
+from tools.export import DownloadError, ExportError, ensure_exported, load_source, read_manifest
+from tools.imagenet import lite0
 from tools.paths import ROOT
 from tools.shapes.dataset import CLASSES
 
@@ -25,7 +28,37 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(repository):
-    return torch.jit.load(str(repository / "classifier" / "1" / "model.pt"))
+    return torch.jit.load(str(model_file(repository)))
+
+
+@pytest.fixture(scope="module")
+def lite0_repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lite0")
+    (folder / "classifier").mkdir()
+    export.export(load_source("lite0"), folder)
+    return folder
+
+
+def model_file(repository: Path) -> Path:
+    return repository / "classifier" / "1" / "model.pt"
+
+
+def automatic_copy(repository: Path, copy: Path) -> Path:
+    """A repository as if nobody had asked for its network."""
+    shutil.copytree(repository, copy)
+    file = model_file(copy).with_name("manifest.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "automatic": True}))
+    return copy
+
+
+@pytest.fixture
+def exports(monkeypatch) -> list[tuple[str, bool]]:
+    """Network and whether it was automatic, of each export that would be made; none is."""
+    made = []
+    monkeypatch.setattr(
+        export, "export", lambda source, repository, automatic=False: made.append((source.network, automatic))
+    )
+    return made
 
 
 def test_exported_file_equals_the_eager_model(exported, eager_model):
@@ -67,9 +100,110 @@ def test_labels_and_manifest_lie_beside_the_model(repository):
     model = (repository / "classifier" / "1" / "model.pt").read_bytes()
     assert manifest["model_sha256"] == hashlib.sha256(model).hexdigest()
     assert manifest["architecture"] == "resnet18"
-    assert manifest["weights"] == "shapes"
-    assert manifest["preprocessing"]["center_crop"] == 224
+    assert manifest["weights"] == manifest["network"] == "shapes"
+    assert manifest["automatic"] is False
+    assert manifest["preprocessing"] == {"resize": 256, "center_crop": 224, "mean": list(MEAN), "std": list(STD)}
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_exported_lite0_equals_the_eager_network_and_says_what_images_it_wants(lite0_repository):
+    exported = torch.jit.load(str(model_file(lite0_repository)))
+    assert hasattr(exported, "stem")
+    assert hasattr(exported, "mean_slope_tail")
+    pixels = torch.stack([scene_pixels(index) for index in range(2)])
+    with torch.no_grad():
+        logits, probabilities = exported(pixels)
+        expected = lite0.load_lite0()(pixels)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probabilities, expected.softmax(dim=1), rtol=1e-4, atol=1e-5)
+    manifest = read_manifest(lite0_repository)
+    assert manifest["network"] == "lite0"
+    assert manifest["weights_sha256"] == lite0.SHA256
+    assert manifest["preprocessing"]["mean"] == manifest["preprocessing"]["std"] == [0.5] * 3
+    labels = (lite0_repository / "classifier" / "labels.txt").read_text().splitlines()
+    assert len(labels) == manifest["classes"] == 1000
+    assert "espresso" in labels
+
+
+def test_weights_of_lite0_that_are_others_are_named(monkeypatch):
+    monkeypatch.setattr(lite0, "SHA256", 64 * "0")
+    with pytest.raises(
+        ExportError, match=rf"lite0: \S+{lite0.FILE_NAME} is not the file that is known here: sha256 5793"
+    ):
+        load_source("lite0")
+
+
+def test_a_missing_package_of_lite0_is_named(monkeypatch):
+    monkeypatch.setattr(lite0, "PACKAGE", "package_that_nobody_has")
+    with pytest.raises(
+        ExportError, match="lite0: the package package-that-nobody-has, which carries the weights, is not installed"
+    ):
+        load_source("lite0")
+
+
+@pytest.mark.parametrize("network", [None, "shapes"])
+def test_what_somebody_exported_stays(repository, exports, network):
+    ensure_exported(repository, network)
+    assert exports == []
+
+
+def test_what_somebody_exported_is_not_replaced_by_another_network(repository, exports):
+    with pytest.raises(ExportError, match=r"is shapes, .*; python -m tools\.export --weights lite0 does"):
+        ensure_exported(repository, "lite0")
+    assert exports == []
+
+
+@pytest.mark.parametrize("network", [None, "shapes"])
+def test_what_somebody_exported_and_is_gone_is_named(repository, tmp_path, exports, network):
+    shutil.copytree(repository, tmp_path / "copy")
+    model_file(tmp_path / "copy").unlink()
+    with pytest.raises(ExportError, match=r"model\.pt is missing; shapes was exported there"):
+        ensure_exported(tmp_path / "copy", network)
+    assert exports == []
+
+
+def test_a_model_file_from_elsewhere_stays(tmp_path, exports):
+    model_file(tmp_path).parent.mkdir(parents=True)
+    model_file(tmp_path).write_bytes(b"somebody's own")
+    ensure_exported(tmp_path)
+    with pytest.raises(ExportError, match=r"python -m tools\.export --weights shapes"):
+        ensure_exported(tmp_path, "shapes")
+    assert exports == []
+    assert model_file(tmp_path).read_bytes() == b"somebody's own"
+
+
+def test_what_nobody_asked_for_is_replaced_by_what_somebody_does(lite0_repository, tmp_path):
+    copy = automatic_copy(lite0_repository, tmp_path / "copy")
+    ensure_exported(copy, "shapes")
+    manifest = read_manifest(copy)
+    assert (manifest["network"], manifest["automatic"]) == ("shapes", True)
+    assert manifest["model_sha256"] == hashlib.sha256(model_file(copy).read_bytes()).hexdigest()
+    assert (copy / "classifier" / "labels.txt").read_text().split() == list(CLASSES)
+
+
+@pytest.mark.parametrize("network", [None, "shapes"])
+def test_what_nobody_asked_for_is_exported_anew_only_by_another_exporter(
+    repository, tmp_path, exports, monkeypatch, network
+):
+    copy = automatic_copy(repository, tmp_path / "copy")
+    ensure_exported(copy, network)
+    assert exports == []
+    monkeypatch.setattr(export, "_exporter_sha256", lambda: "another's")
+    ensure_exported(copy, network)
+    assert exports == [("shapes", True)]
+
+
+def test_without_a_network_a_real_one_is_served_and_what_stands_in_for_it_is_said(
+    tmp_path, exports, monkeypatch, capsys
+):
+    def fail(architecture):
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(export, "_load_imagenet", fail)
+    ensure_exported(tmp_path)
+    assert exports == [("lite0", True)]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "could not be fetched, so EfficientNet-Lite0 serves instead" in said
 
 
 @pytest.mark.parametrize(
@@ -104,7 +238,7 @@ def test_a_model_that_differs_from_the_eager_one_is_not_written(tmp_path, monkey
 @pytest.mark.parametrize(
     ("weights", "architecture", "message"),
     [
-        ("nowhere.pt", "resnet18", "nowhere.pt: no such file"),
+        ("nowhere.pt", "resnet18", "^nowhere.pt: no such file; give lite0, imagenet, shapes or the path"),
         ("shapes", "resnet9000", "torchvision.models has no 'resnet9000'"),
         ("shapes", "resnet34", "does not hold the weights of a resnet34"),
     ],
@@ -132,6 +266,6 @@ def test_failed_download_says_so_and_writes_nothing(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "could not be fetched from https://" in result.stderr
-    assert "--weights shapes" in result.stderr
+    assert "--weights lite0" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "r").exists()

@@ -1,15 +1,21 @@
-"""``make demo``: start the server, explain sample images or one of yours, and show where the pictures are."""
+"""``make demo``: start the server, explain photographs or one of yours, and show where the pictures are.
+
+The photographs are those that installed packages carry; for the network of drawn shapes, shapes are drawn.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from tools.export import ensure_exported
+from tools.export import ExportError, describe_served, ensure_exported, read_manifest
+from tools.imagenet.photographs import DEMO
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports, ServerError
 from tools.shapes.dataset import CLASSES, draw_scene
@@ -25,9 +31,20 @@ CAPTION = 22
 COLUMNS = 4
 
 
-def write_samples(folder: Path) -> list[Path]:
-    """Draw one image of each sample class, in every format that is served."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_samples(folder: Path, network: str | None) -> list[Path]:
+    """Sample images for a network: photographs, with their licences beside them, or an image of each of some shapes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if network == "shapes":
+        return _draw_shapes(folder)
+    (folder / "LICENCES.txt").write_text(
+        "".join(f"{each.file.name}: {each.licence} (from the package {each.package})\n" for each in DEMO)
+    )
+    return [Path(shutil.copy(each.file, folder)) for each in DEMO]
+
+
+def _draw_shapes(folder: Path) -> list[Path]:
+    """In every format that is served."""
     paths = []
     for index, name in enumerate(SAMPLES):
         scene = draw_scene("demo", index, size=320, label=CLASSES.index(name))
@@ -59,12 +76,14 @@ def contact_sheet(images: list[Path], folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="*", type=Path, help="your own images (default: eight samples)")
+    parser.add_argument("images", nargs="*", type=Path, help="your own images (default: eight photographs)")
     arguments = parser.parse_args()
-    images = arguments.images or write_samples(DEMO_OUTPUTS / "images")
     print("starting Triton ...", flush=True)
-    ensure_exported()
     try:
+        ensure_exported(network=os.environ.get("NETWORK"))
+        print(f"serves {describe_served()}", flush=True)
+        network = (read_manifest() or {}).get("network")
+        images = arguments.images or write_samples(DEMO_OUTPUTS / "images", network)
         with EmbeddedServer(ports=Ports.free()) as server:
             command = [
                 str(Path(sys.executable).with_name("explain")),
@@ -75,7 +94,7 @@ def main() -> None:
                 *("--report", str(REPORT)),
             ]
             code = subprocess.run([*command, *map(str, images)], check=False).returncode
-    except ServerError as error:
+    except (ServerError, ExportError) as error:
         sys.exit(f"demo: {error}")
     if code:
         sys.exit(code)

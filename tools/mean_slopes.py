@@ -23,6 +23,7 @@ LINEAR_LAYERS = (
     nn.Flatten,
     nn.Dropout,
     nn.Identity,
+    nn.ZeroPad2d,
 )
 LINEAR_FUNCTIONS = (
     operator.add,

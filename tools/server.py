@@ -238,14 +238,15 @@ def main() -> None:
         help="within which something must have gone on; more than a pass of the gradients takes (default: 4)",
     )
     arguments = parser.parse_args()
-    from tools.export import ensure_exported  # needs torch, which takes seconds to import
+    from tools.export import ExportError, describe_served, ensure_exported  # torch takes seconds to import
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
         print("starting Triton ...", flush=True)
-        ensure_exported(arguments.repository)
+        ensure_exported(arguments.repository, os.environ.get("NETWORK"))
         with EmbeddedServer(arguments.repository, Ports.from_environment()) as server, _key_file(server) as key:
+            print(f"serves   {describe_served(arguments.repository)}")
             print(f"gRPC     {server.grpc_url}")
             print(f"HTTP     http://{server.http_url}")
             print(f"metrics  {server.metrics_url}")
@@ -254,7 +255,7 @@ def main() -> None:
             print("ready; Ctrl-C stops it", flush=True)
             watch = Watch(probe_seconds=arguments.probe_seconds, most_restarts=arguments.most_restarts)
             supervise(server, watch, say=lambda message: print(f"server: {message}", flush=True))
-    except ServerError as error:
+    except (ServerError, ExportError) as error:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:
         print("stopped")

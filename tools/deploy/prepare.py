@@ -1,8 +1,8 @@
 """Fill a model repository that Triton will mount read-only: ``python3 -m tools.deploy.prepare``.
 
 Copies this repository's `model_repository` to MODEL_REPOSITORY and exports the classifier that WEIGHTS names there:
-``shapes``, ``imagenet`` (downloaded by torchvision), or the path of a checkpoint, then of the architecture ARCH with
-the class names in LABELS. What is there of another classifier is replaced.
+``lite0``, ``imagenet`` (downloaded by torchvision), ``shapes``, or the path of a checkpoint, then of the architecture
+ARCH with the class names in LABELS. What is there of another classifier is replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "model.pt", "manifest.json", "p
 
 def main() -> None:
     repository = Path(os.environ.get("MODEL_REPOSITORY") or "/models")
-    weights = os.environ.get("WEIGHTS") or "shapes"
+    weights = os.environ.get("WEIGHTS") or "lite0"
     labels = os.environ.get("LABELS")
     try:
         source = load_source(weights, os.environ.get("ARCH") or "resnet18", Path(labels) if labels else None)

@@ -2,6 +2,7 @@
 
 import json
 import traceback
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -16,8 +17,12 @@ class TensorError(ValueError):
 class TritonPythonModel:
     def initialize(self, args):
         settings = json.loads(args["model_config"])["parameters"]
+        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
+        manifest = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "manifest.json"
+        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
         self.mean, self.std = (
-            np.array(settings[name]["string_value"].split(","), np.float32).reshape(3, 1, 1) for name in ("mean", "std")
+            np.array(own.get(name) or settings[name]["string_value"].split(","), np.float32).reshape(3, 1, 1)
+            for name in ("mean", "std")
         )
         self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"]["string_value"].split(",")}
 

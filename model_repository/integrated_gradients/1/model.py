@@ -97,9 +97,6 @@ class TritonPythonModel:
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.limits = Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients")))
         self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
-        mean, std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
-        self.baselines = Baselines(mean, std)
-
         # Where an MPS daemon runs on the GPU; read when CUDA starts.
         os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])
         on_gpu = args["model_instance_kind"] == "GPU"
@@ -108,6 +105,12 @@ class TritonPythonModel:
         file = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "model.pt"
         if not file.is_file():
             raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
+        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
+        manifest = file.with_name("manifest.json")
+        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
+        self.baselines = Baselines(
+            *(own.get(name) or [float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
+        )
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
             if threads := int(settings["cpu_threads"]):

@@ -5,6 +5,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -26,7 +27,12 @@ class TritonPythonModel:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
-        self.mean, self.std = ([float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
+        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
+        manifest = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "manifest.json"
+        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
+        self.mean, self.std = (
+            own.get(name) or [float(v) for v in settings[name].split(",")] for name in ("mean", "std")
+        )
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}

@@ -1,0 +1,1 @@
+"""Real networks and photographs that installed packages carry."""
