@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ import tritonclient.grpc
 from PIL import Image
 from torchvision import transforms
 
-from tools.export import build_served, ensure_exported, load_source
+from tools.export import build_served, load_source, repository_with
 from tools.refusals import encode as encode
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
@@ -34,10 +36,15 @@ def scene_pixels(index: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory):
-    ensure_exported()
+def repository() -> Path:
+    """A model repository with the network of drawn shapes, whatever is served otherwise. Not to be written to."""
+    return repository_with("shapes")
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory):
     log = tmp_path_factory.mktemp("server") / "triton.log"
-    with EmbeddedServer(ports=Ports.free(), log_file=log) as running:
+    with EmbeddedServer(repository, Ports.free(), log_file=log) as running:
         yield running
 
 
@@ -49,7 +56,7 @@ def triton(server: EmbeddedServer):
 
 @pytest.fixture(scope="session")
 def eager_model() -> torch.nn.Module:
-    """The demo network as torchvision builds it, float32: no folding, no scripting."""
+    """The network of drawn shapes as torchvision builds it, float32: no folding, no scripting."""
     return load_source("shapes").module
 
 

@@ -24,7 +24,7 @@ from test_streaming import Stream
 
 from tools.bench.perf import libraries
 from tools.deploy.serve import SettingError, command
-from tools.paths import MODEL_REPOSITORY, ROOT
+from tools.paths import ROOT
 from tools.probe import CHAINS, NoAnswerError, ProbeError, _hanging, probe, probe_patiently
 from tools.server import EmbeddedServer, Ports
 from tools.supervisor import Watch
@@ -165,17 +165,17 @@ def test_kubernetes_selectors_and_scalers_meet_their_deployments():
         ({"MODEL_REPOSITORY": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_settings_that_cannot_be_are_named(settings, names, server):
+def test_settings_that_cannot_be_are_named(settings, names, repository):
     with pytest.raises(SettingError, match=names):
-        command({"MODEL_REPOSITORY": str(MODEL_REPOSITORY), **settings})
+        command({"MODEL_REPOSITORY": str(repository), **settings})
 
 
-def test_the_container_starts_triton_with_the_embedded_servers_options(server):
-    words = command({"MODEL_REPOSITORY": str(MODEL_REPOSITORY), "ADMIN_KEY": "key", "STOP_SECONDS": "30"})
+def test_the_container_starts_triton_with_the_embedded_servers_options(repository):
+    words = command({"MODEL_REPOSITORY": str(repository), "ADMIN_KEY": "key", "STOP_SECONDS": "30"})
     assert words[0] == "tritonserver"
-    assert set(server_options(MODEL_REPOSITORY, "0.0.0.0", Ports(), "key", 30)) < set(words)
+    assert set(server_options(repository, "0.0.0.0", Ports(), "key", 30)) < set(words)
     # Without a key nobody has one.
-    keys = [re.search(r"admin-key=(\S+)", " ".join(command({"MODEL_REPOSITORY": str(MODEL_REPOSITORY)}))) for _ in "ab"]
+    keys = [re.search(r"admin-key=(\S+)", " ".join(command({"MODEL_REPOSITORY": str(repository)}))) for _ in "ab"]
     assert keys[0][1] != keys[1][1]
 
 

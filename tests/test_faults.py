@@ -67,14 +67,14 @@ def triton_process(parent: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def supervised(tmp_path_factory):
-    """What ``make serve`` runs: its gRPC address and its process."""
+def supervised(repository, tmp_path_factory):
+    """What ``NETWORK=shapes make serve`` runs: its gRPC address and its process."""
     folder, ports = tmp_path_factory.mktemp("supervised"), Ports.free()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NETWORK": "shapes"}
     environment |= {f"{name.upper()}_PORT": str(port) for name, port in vars(ports).items()}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.server", "--most-restarts", "100"],
+            [sys.executable, "-m", "tools.server", "--repository", str(repository), "--most-restarts", "100"],
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -150,8 +150,8 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supe
 
 
 @pytest.mark.slow
-def test_it_gives_up_after_a_bound(tmp_path):
-    server = EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log")
+def test_it_gives_up_after_a_bound(repository, tmp_path):
+    server = EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log")
     said: list[str] = []
 
     def say(message: str) -> None:
@@ -245,8 +245,8 @@ def test_gradients_that_hang_in_a_process_that_answers_are_noticed(tmp_path, ima
 
 
 @pytest.mark.slow
-def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(tmp_path, image):
-    server = EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log", stop_seconds=10)
+def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(repository, tmp_path, image):
+    server = EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log", stop_seconds=10)
     outcomes: list[str] = []
 
     def ask(number: int) -> None:
@@ -279,10 +279,10 @@ def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["missing", "truncated", "no TorchScript", "of another version", "NaN weights"])
-def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path, server, fault):
-    repository = tmp_path / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository)
-    file = repository / "classifier" / "1" / "model.pt"
+def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(repository, tmp_path, fault):
+    models = tmp_path / "models"
+    shutil.copytree(repository, models)
+    file = models / "classifier" / "1" / "model.pt"
     if fault == "missing":
         file.unlink()
     elif fault == "truncated":
@@ -297,19 +297,19 @@ def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(tmp_path
             next(iter(module.parameters())).fill_(float("nan"))
         module.save(str(file))
     with pytest.raises(ServerError, match=r"model (classifier|integrated_gradients) failed to load"):
-        EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log").start()
+        EmbeddedServer(models, Ports.free(), log_file=tmp_path / "log").start()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [b"", b"{half", b'{"model_sha256": "of another"}'], ids=["empty", "half", "another's"]
 )
-def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(tmp_path, server, image, content):
-    repository = tmp_path / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository)
-    (repository / "classifier" / "1" / FILE_NAME).write_bytes(content)
+def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(repository, tmp_path, image, content):
+    models = tmp_path / "models"
+    shutil.copytree(repository, models)
+    (models / "classifier" / "1" / FILE_NAME).write_bytes(content)
     with (
-        EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as own,
+        EmbeddedServer(models, Ports.free(), log_file=tmp_path / "log") as own,
         ExplainClient(own.grpc_url) as client,
     ):
         with pytest.raises(RefusedError, match=r"python -m tools\.calibrate"):
@@ -322,7 +322,7 @@ def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(tmp
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBFAKETIME, reason="needs libfaketime")
 @pytest.mark.parametrize("jump", ["+2h", "-2h"])
-def test_a_clock_that_jumps_ends_nothing_early_or_never(tmp_path, image, jump):
+def test_a_clock_that_jumps_ends_nothing_early_or_never(repository, tmp_path, image, jump):
     """Deadlines, timeouts and waits of what is under way, and of what comes after it."""
     now = tmp_path / "now"
     now.write_text("+0")
@@ -334,7 +334,7 @@ def test_a_clock_that_jumps_ends_nothing_early_or_never(tmp_path, image, jump):
             command, environment = super().command_line(folder)
             return command, {**environment, **fake}
 
-    with FakeTime(ports=Ports.free(), log_file=tmp_path / "log") as server:
+    with FakeTime(repository, Ports.free(), log_file=tmp_path / "log") as server:
         with ExplainClient(server.grpc_url, timeout=30, retries=0) as client, ThreadPoolExecutor(3) as pool:
             client.explain(image, n_steps=1)
             wishes = {"n_steps": 60}, {"deadline_ms": 1500, "n_steps": 1000}, {"n_steps": 40}
@@ -371,8 +371,8 @@ class SmallSharedMemory(EmbeddedServer):
     != 0,
     reason="mounts cannot be made here",
 )
-def test_shared_memory_that_is_full_fails_requests_and_not_the_server(tmp_path, image):
-    with SmallSharedMemory(ports=Ports.free(), log_file=tmp_path / "log") as server:
+def test_shared_memory_that_is_full_fails_requests_and_not_the_server(repository, tmp_path, image):
+    with SmallSharedMemory(repository, Ports.free(), log_file=tmp_path / "log") as server:
         with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
             infer(triton, [image], n_steps=1)
             # 32 images in and out of each model take far more than there is.
@@ -464,8 +464,8 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert np.percentile(row["accepted_seconds"], 99) < 5 + row["computing_p99_at_most"] + 1
 
 
-def test_two_minutes_of_everything_leave_nothing_wrong(tmp_path):
-    with EmbeddedServer(ports=Ports.free(), log_file=tmp_path / "log") as server:
+def test_two_minutes_of_everything_leave_nothing_wrong(repository, tmp_path):
+    with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
         found = soak(server, 120)
     assert found["wrong"] == []
     assert found["accounted"]

@@ -51,8 +51,8 @@ def explained(server: EmbeddedServer) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_a_server_that_is_killed_behind_the_balancer_costs_no_answer(tmp_path):
-    servers = [EmbeddedServer(ports=Ports.free(), log_file=tmp_path / f"{name}.log") for name in "ab"]
+def test_a_server_that_is_killed_behind_the_balancer_costs_no_answer(repository, tmp_path):
+    servers = [EmbeddedServer(repository, Ports.free(), log_file=tmp_path / f"{name}.log") for name in "ab"]
     images = [encode(scene_image(index)) for index in range(IMAGES)]
     answers: dict[int, list[np.ndarray]] = {number: [] for number in range(REQUESTS)}
     reported: dict[int, ExplainError] = {}

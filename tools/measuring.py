@@ -1,4 +1,7 @@
-"""What the benchmarks and reports share: the demo network's engine, the machine described, runs taken in turn."""
+"""What the benchmarks and reports share: a network's engine, the machine described, runs taken in turn.
+
+Networks are those of ``tools.export.NETWORKS``, whatever `model_repository` serves.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,28 @@ from engine_loading import build_engine
 from path_density import FILE_NAME, PathDensity
 from torch import Tensor
 
-from tools.paths import MODEL_REPOSITORY
+from tools.export import read_manifest, repository_with
 
-MODEL_FILE = MODEL_REPOSITORY / "classifier" / "1" / "model.pt"
 SHAPE = (3, 224, 224)
 
 
-def load_manifest() -> dict[str, Any]:
-    """What `tools/export` says of the model file."""
-    return json.loads(MODEL_FILE.with_name("manifest.json").read_text())
+def model_file(network: str = "shapes") -> Path:
+    """A network as `tools/export` writes it, exported where it is missing or old."""
+    return repository_with(network) / "classifier" / "1" / "model.pt"
 
 
-def load_engine(device: torch.device, precision: str, max_rows: int = 0) -> IntegratedGradients:
+def load_manifest(network: str = "shapes") -> dict[str, Any]:
+    """What `tools/export` says of that file."""
+    return read_manifest(repository_with(network))
+
+
+def load_engine(
+    device: torch.device, precision: str, max_rows: int = 0, network: str = "shapes"
+) -> IntegratedGradients:
     """The engine as `integrated_gradients` loads it, with the network's calibration."""
-    density = PathDensity.load(MODEL_FILE.with_name(FILE_NAME), load_manifest()["model_sha256"])
-    return build_engine(MODEL_FILE, device, SHAPE, max_rows, precision, density)
+    file, manifest = model_file(network), load_manifest(network)
+    density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
+    return build_engine(file, device, SHAPE, max_rows, precision, density)
 
 
 def default_device() -> torch.device:

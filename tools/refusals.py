@@ -20,7 +20,7 @@ import tritonclient.grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.paths import OUTPUTS, ROOT
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import CLASSES, draw_scene
@@ -278,7 +278,7 @@ def table(refusals: Sequence[tuple[Refusal, str]]) -> str:
     lines = [
         "# What is refused, and what the answer says",
         "",
-        f"Written by `make refusals`, which sent these {len(refusals)} requests to a server with the demo network "
+        f"Written by `make refusals`, which sent these {len(refusals)} requests to a server with the shapes network "
         f"({len(CLASSES)} classes). Each was answered",
         "with INVALID_ARGUMENT, and so is each alone in a batch with good ones. Requests go to `explain` unless their "
         "tensors are those",
@@ -301,9 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.refusals", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DOCUMENT)
     arguments = parser.parse_args()
-    ensure_exported()
     answers = []
-    with EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "refusals.log") as server:
+    with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "refusals.log") as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
         for refusal in cases():
             answer = refusal.send(client)

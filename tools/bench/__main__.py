@@ -19,7 +19,7 @@ import torch
 
 from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
 from tools.bench.load import jpeg_images
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.measuring import default_device, describe_machine
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -43,13 +43,29 @@ def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
+    """The same of a real network and photographs, at equal steps and at about equal accuracy."""
+    precision = "tf32" if device.type == "cuda" else "ieee"
+    contestants = engine.Contestants(device, precision, 1 if quick else 4, network="lite0")
+    repeats = 1 if quick else 2
+    if not quick:
+        contestants.tune()
+    return {
+        "rows": [engine.compare(contestants, 1, 50, repeats)],
+        "most_rows": 50,
+        "left_out": [],
+        "accurate": engine.compare_accurate(contestants, repeats),
+    }
+
+
 def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
     """What to measure, in order; servers are started when a part first needs them."""
     device, images, started = default_device(), jpeg_images(), {}
+    repository = repository_with("shapes")
 
     def triton() -> EmbeddedServer:
         if "triton" not in started:
-            server_ = EmbeddedServer(ports=Ports.free(), log_file=folder / "triton.log")
+            server_ = EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log")
             started["triton"] = stack.enter_context(server_)
         return started["triton"]
 
@@ -64,6 +80,7 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
     many = [32] if device.type == "cuda" else []
     if quick:
         return {
+            "photographs": lambda: measure_photographs(quick, device),
             "engine": lambda: measure_engine(quick, device),
             "sampling": lambda: sampling.measure(device, 1, (200,)),
             "shares": lambda: scaling.measure_shares(triton(), images, 10),
@@ -73,6 +90,7 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             "isolation": lambda: server.measure_isolation(*both(), 30, 5, saturating_steps=25, long_steps=50),
         }
     return {
+        "photographs": lambda: measure_photographs(quick, device),
         "engine": lambda: measure_engine(quick, device),
         "sampling": lambda: sampling.measure(device, 4),
         "shares": lambda: scaling.measure_shares(triton(), images, 40),
@@ -107,7 +125,6 @@ def main() -> None:
     )
     parser.add_argument("--from", dest="known", type=Path, help="a report.json whose other parts are taken over")
     arguments = parser.parse_args()
-    ensure_exported()
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     found = json.loads(arguments.known.read_text()) if arguments.known else {}

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tools.export import ensure_exported
 from tools.measuring import default_device, describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
 from tools.quality import FIRST_VIEW, HeldOut
@@ -103,7 +102,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where references are kept")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "deadlines.json")
     arguments = parser.parse_args()
-    ensure_exported()
     held_out = HeldOut(arguments.device, arguments.reference_steps, arguments.folder)
     answers = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
     report = {

@@ -36,15 +36,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tools.export import ensure_exported, load_source
+from tools.export import load_source
+from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.measuring import (
-    MODEL_FILE,
     SHAPE,
     default_device,
     describe_machine,
     interleaved,
     load_engine,
     medians,
+    model_file,
     relative_distance,
     timed,
     write_report,
@@ -62,6 +63,7 @@ ACCURATE_STEPS = 50
 ACCURATE = {
     "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
     "calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
+    "tolerance 0.1": {"tolerance": 0.1, "n_steps": 200},
     "tolerance 0.05": {"tolerance": 0.05, "n_steps": 200},
     "tolerance 0.02": {"tolerance": 0.02, "n_steps": 200},
 }
@@ -77,13 +79,20 @@ MEMORY_REPEATS = 3
 
 
 class Contestants:
-    """The three roads over the same images."""
+    """The three roads over the same images: drawn shapes, or photographs for other networks."""
 
-    def __init__(self, device: torch.device, precision: str, batch: int, max_rows: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, precision: str, batch: int, max_rows: int = 0, network: str = "shapes"
+    ) -> None:
         self.device, self.precision = device, precision
-        self.images = view_pixels("test", range(batch)).to(device)
-        self.engine = load_engine(device, precision, max_rows)
-        self.eager = load_source("shapes").module.to(device)
+        self.engine = load_engine(device, precision, max_rows, network)
+        source = load_source(network)
+        if network == "shapes":
+            self.images = view_pixels("test", range(batch)).to(device)
+        else:
+            views = [view(image, source.preprocessing) for _, image in crops(HELD_OUT, batch)]
+            self.images = torch.stack(views).to(device)
+        self.eager = source.module.to(device)
         self.tuned_module = self.engine.network
         with torch.no_grad():
             self.logits = self.engine.network(self.images)
@@ -174,7 +183,8 @@ def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
     One image a call, several in turn: how many steps a tolerance takes depends on the image.
     """
     seconds: dict[str, list[float]] = {}
-    for index in range(ACCURATE_IMAGES):
+    images = min(ACCURATE_IMAGES, len(contestants.images))
+    for index in range(images):
         one = contestants.of_image(index)
         runs = {
             "captum": lambda one=one: one.run_captum(1, ACCURATE_STEPS),
@@ -183,7 +193,7 @@ def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
         }
         for name, taken in interleaved(runs, repeats).items():
             seconds.setdefault(name, []).extend(taken)
-    return {"images": ACCURATE_IMAGES, "seconds": seconds, "median_seconds": medians(seconds)}
+    return {"images": images, "seconds": seconds, "median_seconds": medians(seconds)}
 
 
 def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
@@ -286,7 +296,7 @@ def compare_precisions(
     """
     precisions = PRECISIONS if device.type == "cuda" else ("ieee",)
     contestants = {precision: Contestants(device, precision, n_images) for precision in precisions}
-    exact = torch.jit.load(str(MODEL_FILE), map_location=device).eval().double()
+    exact = torch.jit.load(str(model_file()), map_location=device).eval().double()
     exact = IntegratedGradients(exact, max_rows=min(32, contestants["ieee"].engine.max_rows))
     distances: dict[str, list[float]] = {name: [] for name in ("quadrature", *precisions)}
     for index, target in enumerate(contestants["ieee"].targets.tolist()):
@@ -432,7 +442,6 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = arguments.device
-    ensure_exported()
     if arguments.memory_of:
         road, *numbers = arguments.memory_of
         print_peak(device, arguments.precision, road, *map(int, numbers))

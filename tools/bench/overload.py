@@ -25,9 +25,9 @@ from tqdm import tqdm
 from tools.bench.load import image_tensor, jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
 from tools.bench.scaling import settled_metrics
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.measuring import describe_machine, write_report
-from tools.paths import MODEL_REPOSITORY, OUTPUTS
+from tools.paths import OUTPUTS
 from tools.probe import total
 from tools.server import EmbeddedServer, Ports
 
@@ -40,9 +40,10 @@ CAPACITY_REQUESTS = 24
 
 
 def with_settings(folder: Path, model: str, **settings: Any) -> Path:
-    """A copy of the model repository in which some of a model's parameters are others."""
+    """A model repository with the network of drawn shapes in which some of a model's parameters are others."""
     repository = folder / "model_repository"
-    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    known = repository_with("shapes")
+    shutil.copytree(known, repository, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     file = repository / model / "config.pbtxt"
     text = file.read_text()
     for name, value in settings.items():
@@ -206,7 +207,6 @@ def main() -> None:
     parser.add_argument("--max-wait-seconds", type=float, default=MAX_WAIT_SECONDS)
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "overload.json")
     arguments = parser.parse_args()
-    ensure_exported()
     folder = OUTPUTS / "bench" / "overload"
     repository = with_settings(folder, "integrated_gradients", max_wait_seconds=arguments.max_wait_seconds)
     with EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log") as server:

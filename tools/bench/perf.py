@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tools.bench.load import jpeg_images
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports, wheel_folder
 
@@ -116,8 +116,7 @@ def main() -> None:
         url, options = options[at + 1], options[:at] + options[at + 2 :]
         server = nullcontext()
     else:
-        ensure_exported()
-        server = EmbeddedServer(ports=Ports.free(), log_file=folder / "triton.log")
+        server = EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=folder / "triton.log")
         url = server.grpc_url
     with server:
         code = run(model, url, options, folder).returncode

@@ -58,11 +58,19 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
             f"Outside the two networks (decoding, transfers, queues, heatmap, PNG, wire) an explanation takes "
             f"{outside:.1f} ms; the classifier's forward pass {shares['shares_ms']['classifier']:.1f} ms."
         )
+    if photographs := report.get("photographs"):
+        typical = photographs["accurate"]["median_seconds"]
+        yield (
+            f"EfficientNet-Lite0 and photographs, in one process: `calibrated` with 20 steps is "
+            f"{typical['captum'] / typical['calibrated, 20 steps']:.2f} times as fast as Captum's "
+            f"{engine.ACCURATE_STEPS} steps as its examples call it."
+        )
     if accurate := report.get("engine", {}).get("accurate"):
         typical = accurate["median_seconds"]
         yield (
-            f"In one process, `calibrated` with 16 steps is {typical['captum'] / typical['calibrated, 16 steps']:.2f} "
-            f"times as fast as Captum's {engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
+            "Shapes, in one process: `calibrated` with 16 steps is "
+            f"{typical['captum'] / typical['calibrated, 16 steps']:.2f} times as fast as Captum's "
+            f"{engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
         )
     if " beside " not in report["machine"]["hardware"]:
         yield "GPU: missing; no figure here is of one."
@@ -89,6 +97,7 @@ SECTIONS: tuple[Section, ...] = (
     ("isolation", "Beside saturated explanations", server.isolation_table),
     ("shares", "Where the time goes", scaling.shares_table),
     ("scaling", "Steps, batches, image sizes", scaling.scaling_table),
+    ("photographs", "A real network and photographs: the engine against Captum, in one process", engine.table),
     (
         "engine",
         "The engine against Captum, in one process",

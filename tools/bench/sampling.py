@@ -20,7 +20,7 @@ from skimage.segmentation import slic
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.export import ensure_exported, load_source
+from tools.export import load_source
 from tools.faithfulness import curves
 from tools.measuring import default_device, describe_machine, load_engine, timed, write_report
 from tools.paths import OUTPUTS
@@ -131,7 +131,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES))
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "sampling.json")
     arguments = parser.parse_args()
-    ensure_exported()
     report = {
         "command": " ".join(["python -m tools.bench.sampling", *sys.argv[1:]]),
         "machine": describe_machine(arguments.device),

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from tools.bench.load import Ask, image_tensor, jpeg_images, run_block, saturated, triton_asker
 from tools.bench.processes import memory_sampler
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS, ROOT
 from tools.server import HOST, EmbeddedServer, Ports
@@ -254,10 +254,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clients, arguments.seconds, arguments.calls = [1, 8], 8, 40
-    ensure_exported()
+    repository = repository_with("shapes")
     images = jpeg_images()
     log = OUTPUTS / "bench" / "triton.log"
-    with BaselineService() as service, EmbeddedServer(ports=Ports.free(), log_file=log) as server:
+    with BaselineService() as service, EmbeddedServer(repository, Ports.free(), log_file=log) as server:
         report = {
             "command": " ".join(["python -m tools.bench.server", *sys.argv[1:]]),
             "machine": describe_machine(),

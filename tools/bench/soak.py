@@ -29,7 +29,7 @@ from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
 from tools.bench.scaling import settled_metrics
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -336,8 +336,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "soak.json")
     arguments = parser.parse_args()
-    ensure_exported()
-    with EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "bench" / "soak.log") as server:
+    with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "bench" / "soak.log") as server:
         found = soak(server, 60 * arguments.minutes, arguments.seed)
     report = {
         "command": " ".join(["python -m tools.bench.soak", *sys.argv[1:]]),

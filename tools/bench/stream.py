@@ -19,7 +19,7 @@ import numpy as np
 import tritonclient.grpc
 
 from tools.bench.load import image_tensor, jpeg_images, saturated, triton_asker
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -92,8 +92,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=15, help="of each kind in a block (default: 15)")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "stream.json")
     arguments = parser.parse_args()
-    ensure_exported()
-    with EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "bench" / "triton.log") as server:
+    with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "bench" / "triton.log") as server:
         seconds = measure(server, arguments.clients, arguments.n_steps, arguments.blocks, arguments.calls)
     report = {
         "command": " ".join(["python -m tools.bench.stream", *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""Procedurally drawn shapes with ground-truth masks: what the demo network is trained, tested and localised on.
+"""Procedurally drawn shapes with ground-truth masks: what the shapes network is trained, tested and localised on.
 
 Every image is one filled shape of random colour, size, rotation and place over a textured, coloured background with
 distractor lines and blobs. Image ``index`` of a split depends on ``(split, index)`` alone, so any machine draws the

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import center_crop, gaussian_blur
 from tqdm import tqdm
 
 from explain_client import ExplainClient, Explanation
-from tools.export import ensure_exported
+from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import Scene, draw_scene
@@ -63,9 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.localisation", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=200)
     arguments = parser.parse_args()
-    ensure_exported()
     shares, peaks, mask_shares, seen = [], [], [], 0
-    server = EmbeddedServer(ports=Ports.free(), log_file=OUTPUTS / "localisation.log")
+    server = EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "localisation.log")
     with server, ExplainClient(server.grpc_url) as client, ThreadPoolExecutor(CONCURRENCY) as pool:
         progress = tqdm(total=arguments.images, desc="explained", mininterval=2)
         while len(shares) < arguments.images:

@@ -1,4 +1,4 @@
-"""Train the demo network: ``python -m tools.shapes.train``.
+"""Train the shapes network: ``python -m tools.shapes.train``.
 
 Progressive image size makes it affordable: most images are seen at 64 and 96 pixels. About half an hour on 2 CPU cores.
 The later stages also train *where* the network looks, which the ground-truth masks allow: the share of gradient times
