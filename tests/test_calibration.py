@@ -5,21 +5,26 @@ import json
 import math
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from attribution_engine import IntegratedGradients, Job
 from conftest import relative_distance, scene_pixels, untrained
 from path_density import CalibrationError, PathDensity
+from path_rules import ErrorLaw
 
-from tools.calibrate import gradient_change, load_folder
-from tools.export import build_served
+from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
+from tools.export import Preprocessing, build_served
 from tools.integrals import integrate
 from tools.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, _share_gradients
 from tools.shapes.checkpoint import DEMO_CALIBRATION
 
+FLAT = torch.ones(1).double()
+LAW = {"scale": 1.0, "order": 1.5, "margin": 1.3}
+
 
 def flat_density():
-    return PathDensity.unknown()
+    return PathDensity({"logit": FLAT, "probability": FLAT}, {})
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +45,8 @@ def job(engine, index, n_steps, **options):
 
 
 def test_edges_have_equal_density_between_them():
-    change = torch.tensor([1.0, 4.0, 0.0, 16.0]).double()  # its square roots add up to 7, quiet places apart
-    edges = PathDensity({"logit": change}, {}).edges("logit", 7)
+    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, quiet places apart
+    edges = PathDensity({"logit": density}, {}).edges("logit", 7)
     quiet = 0.1 * 7 / 4
     densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
     fine = torch.linspace(0, 1, 400_001).double()
@@ -175,23 +180,40 @@ def test_calibration_measures_how_the_integrand_changes(engine):
     assert not torch.allclose(change["logit"], change["probability"])
 
 
+def test_calibration_finds_the_law_that_errors_follow():
+    generator = np.random.default_rng(0)
+    scales = generator.uniform(0.5, 2, 200)
+    counts = np.array(LAW_STEPS)
+    errors = scales[:, None] * counts**-1.3
+    stands_for = ErrorLaw(1.0, 1.3, 1.0)
+    differences = [{n: scale * n**-1.3 / stands_for.share(n // 4, n) for n in (8, 16, 32)} for scale in scales]
+    law = fit_law(errors, differences)
+    assert law.order == pytest.approx(1.3)
+    assert law.scale == pytest.approx(np.percentile(scales, 90))
+    assert law.margin == pytest.approx(1)
+    # Where the difference stands for twice as much in one image of ten, that many get the margin.
+    for one in differences[::10]:
+        one.update({count: difference / 2 for count, difference in one.items()})
+    assert fit_law(errors, differences).margin == pytest.approx(2)
+
+
 def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys):
     from conftest import encode, scene_image
 
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for index in range(3):
         (tmp_path / f"scene{index}.png").write_bytes(encode(scene_image(index)))
-    images = list(load_folder(tmp_path, 2))
+    images = list(load_folder(tmp_path, 2, Preprocessing()))
     assert len(images) == 2
     torch.testing.assert_close(images[0], scene_pixels(0))
     assert "broken.jpg" in capsys.readouterr().err
 
 
-def calibration_with(change, scale):
+def calibration_with(density, **law):
     """A calibration whose part for the probability is this."""
     parts = {
-        "gradient_change": {"logit": [1], "probability": change},
-        "error_scale": {"logit": 1, "probability": scale},
+        "density": {"logit": [1], "probability": density},
+        "error_law": {"logit": LAW, "probability": {**LAW, **law}},
     }
     return json.dumps({"model_sha256": "1234", **parts})
 
@@ -204,13 +226,15 @@ def calibration_with(change, scale):
         ("[]", "path_density.json cannot be read"),
         ("{}", "path_density.json cannot be read"),
         ('{"model_sha256": "abc"}', "belongs to another network (sha256 abc..., not 1234"),
-        ('{"model_sha256": "1234", "gradient_change": {"logit": "x"}}', "no valid gradient_change or error_scale"),
-        ('{"model_sha256": "1234", "gradient_change": {"logit": [1]}}', "error_scale for 'logit'"),
-        (calibration_with([1, math.nan], 1), "for 'probability'"),
-        (calibration_with([-1], 1), "for 'probability'"),
-        (calibration_with([], 1), "for 'probability'"),
-        (calibration_with([1, 2], 0), "for 'probability'"),
-        (calibration_with([1, 2], "much"), "for 'probability'"),
+        ('{"model_sha256": "1234", "density": {"logit": "x"}}', "no valid density or error_law"),
+        ('{"model_sha256": "1234", "density": {"logit": [1]}}', "error_law for 'logit'"),
+        (calibration_with([1, math.nan]), "for 'probability'"),
+        (calibration_with([-1]), "for 'probability'"),
+        (calibration_with([]), "for 'probability'"),
+        (calibration_with([1, 2], scale=0), "for 'probability'"),
+        (calibration_with([1, 2], order="much"), "for 'probability'"),
+        (calibration_with([1, 2], margin=math.inf), "for 'probability'"),
+        (calibration_with([1, 2], slope=1), "for 'probability'"),
     ],
 )
 def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, message):

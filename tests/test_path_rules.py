@@ -1,12 +1,24 @@
 """Rules that refine themselves, on integrands whose integral is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from path_rules import ERROR_ORDER, LADDER_MARGIN, SINGLE_STEP_MARGIN, LadderRule, RefinedRule
+from path_quadrature import even_bounds
+from path_rules import (
+    ERROR_CORRELATION,
+    PLANNING_RESERVE,
+    SINGLE_STEP_MARGIN,
+    TRIAL_MARGIN,
+    TYPICAL_LAW,
+    ErrorLaw,
+    LadderRule,
+    RefinedRule,
+)
 
 CPU = torch.device("cpu")
+LAW = ErrorLaw(scale=1.0, order=1.5, margin=1.4)
 
 
 def walk(rule, integrand, chunk=4):
@@ -26,22 +38,25 @@ def walk(rule, integrand, chunk=4):
             return rule.gradient[0], nodes, seen
 
 
-def even_edges(n_steps):
-    return torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
+def walk_ladder(rule, error=1.0, chunk=5, affordable=math.inf, order=LAW.order):
+    """Integrate (1, 0, ...) with mean gradients that make n steps miss by error * n**-order.
 
-
-def walk_ladder(rule, error=1.0, chunk=5, affordable=math.inf):
-    """Integrate (1, 0) with mean gradients that are off by what makes n steps miss by (0, error * n**-ERROR_ORDER)."""
+    Part of the error is the same for every number of steps, part one's own.
+    """
 
     def judge(total, difference):
-        return (difference.norm() / total.norm()).item(), 0.0
+        return (difference.norm() / total[0, 0]).item(), 0.0
 
     while True:
         steps = len(rule.nodes) - 1
         for first in range(0, steps, chunk):
             ends = rule.nodes[first : min(first + chunk, steps) + 1]
-            gradients = torch.stack((torch.ones(len(ends) - 1), error * ends.diff().abs() ** ERROR_ORDER), dim=1)
-            rule.add(slice(first, first + len(gradients)), gradients.double())
+            missed = error * ends.diff().abs() ** order
+            gradients = torch.zeros(len(missed), 402, dtype=torch.float64)
+            gradients[:, 0], gradients[:, 1] = 1, math.sqrt(ERROR_CORRELATION) * missed
+            own = 2 + (1 / ends.diff().abs()).round().long() % 400
+            gradients[torch.arange(len(missed)), own] = math.sqrt(1 - ERROR_CORRELATION) * missed
+            rule.add(slice(first, first + len(gradients)), gradients)
         if not rule.refine(judge, affordable):
             return rule
 
@@ -103,46 +118,51 @@ def test_nothing_to_explain_ends_at_once():
 @pytest.mark.parametrize("error", [0.3, 1.0, 8.0])
 @pytest.mark.parametrize("tolerance", [0.2, 0.05, 0.01])
 def test_ladder_comes_within_the_tolerance_and_estimates_its_error(tolerance, error):
-    rule = walk_ladder(LadderRule(even_edges, 1.0, tolerance, 1000, math.inf, CPU), error)
-    one, missed = rule.gradient.flatten().tolist()
-    assert one == pytest.approx(1)
+    rule = walk_ladder(LadderRule(even_bounds, LAW, tolerance, 1000, math.inf, CPU), error)
+    assert rule.gradient[0, 0] == pytest.approx(1)
+    missed = rule.gradient[0, 1:].norm().item()
     assert missed <= rule.error_estimate <= tolerance
-    # Half of the error is corrected, and the estimate is of what it was before, with its margin.
-    margin = LADDER_MARGIN * (SINGLE_STEP_MARGIN if rule._coarse_steps == 1 else 1)
-    assert rule.error_estimate == pytest.approx(2 * margin * missed, rel=0.01)
+    # The estimate is of the error before part of it is corrected, with its margin.
+    margin = LAW.margin * (SINGLE_STEP_MARGIN if rule._coarse_steps == 1 else 1)
+    expected = error * rule._counts[-1] ** -LAW.order
+    assert missed < 1.05 * expected
+    assert rule.error_estimate == pytest.approx(margin * expected)
 
 
 def test_ladder_plans_its_steps_by_what_error_is_expected():
-    steps = [len(LadderRule(even_edges, scale, 0.02, 1000, math.inf, CPU).nodes) for scale in (0.5, 1.0, 2.0)]
+    steps = [
+        len(LadderRule(even_bounds, replace(LAW, scale=scale), 0.02, 1000, math.inf, CPU).nodes)
+        for scale in (0.5, 1.0, 2.0)
+    ]
     assert steps == sorted(set(steps))
     # An image that is as expected takes the first stage alone: a pilot and the steps that it serves.
-    expected = math.ceil((1.0 / 0.02) ** (1 / ERROR_ORDER))
-    rule = walk_ladder(LadderRule(even_edges, 1.0, 0.02, 1000, math.inf, CPU), error=1 / LADDER_MARGIN)
+    expected = math.ceil((PLANNING_RESERVE * LAW.margin * LAW.scale / 0.02) ** (1 / LAW.order))
+    rule = walk_ladder(LadderRule(even_bounds, LAW, 0.02, 1000, math.inf, CPU), error=1.0)
     assert rule.n_steps == expected + round(expected / 4)
 
 
 @pytest.mark.parametrize("n_steps", [3, 4, 5, 7, 12, 31, 50])
 def test_ladder_never_spends_more_than_its_limit(n_steps):
     for tolerance in (None, 0.3, 0.001):
-        rule = walk_ladder(LadderRule(even_edges, 1.0, tolerance, n_steps, math.inf, CPU), error=3.0)
+        rule = walk_ladder(LadderRule(even_bounds, LAW, tolerance, n_steps, math.inf, CPU), error=3.0)
         assert 3 <= rule.n_steps <= n_steps
         assert rule.error_estimate > 0.001
 
 
 def test_ladder_spends_what_it_can_afford_and_at_least_three_steps():
     counts = [
-        walk_ladder(LadderRule(even_edges, 1.0, None, 1000, affordable, CPU), affordable=0).n_steps
+        walk_ladder(LadderRule(even_bounds, LAW, None, 1000, affordable, CPU), affordable=0).n_steps
         for affordable in (-5, 0, 3, 10, 30)
     ]
     assert counts[:3] == [3, 3, 3]
     assert 8 <= counts[3] <= 10
     assert 25 <= counts[4] <= 30
-    rule = LadderRule(even_edges, 1.0, None, 1000, 10, CPU)
+    rule = LadderRule(even_bounds, LAW, None, 1000, 10, CPU)
     assert walk_ladder(rule, affordable=20).n_steps <= 10 + 20 * 5
 
 
 def test_each_way_of_a_ladder_weighs_its_own_length():
-    rule = LadderRule(lambda n_steps: even_edges(n_steps) ** 2, 1.0, None, 1000, 15, CPU)
+    rule = LadderRule(lambda n_steps: even_bounds(n_steps) ** 2, LAW, None, 1000, 15, CPU)
     means = (rule.nodes[1:] + rule.nodes[:-1]) / 2  # of the gradient x, between two nodes
     rule.add(slice(0, len(means)), means[:, None])
     differences = []
@@ -152,14 +172,44 @@ def test_each_way_of_a_ladder_weighs_its_own_length():
 
 
 def test_ladder_makes_do_with_its_pilot():
-    rule = LadderRule(even_edges, 1.0, None, 1000, 15, CPU)
-    pilot = rule._coarse_steps
+    rule = LadderRule(even_bounds, LAW, None, 1000, 15, CPU)
+    pilot = rule._counts[0]
     assert not rule.settle(pilot - 1)
     rule.add(slice(0, pilot), torch.ones(pilot, 2).double())
     assert rule.settle(pilot)
     torch.testing.assert_close(rule.gradient, torch.ones(1, 2).double())
-    assert rule.error_estimate == pytest.approx(LADDER_MARGIN / pilot**ERROR_ORDER)
+    assert rule.error_estimate == pytest.approx(LAW.margin / pilot**LAW.order)
     assert rule.n_steps == pilot
+
+
+@pytest.mark.parametrize("order", [1.25, 1.4, 1.6])
+@pytest.mark.parametrize("tolerance", [0.2, 0.05, 0.01])
+def test_ladder_without_a_calibration_finds_the_order_and_comes_within_the_tolerance(tolerance, order):
+    rule = walk_ladder(LadderRule(None, TYPICAL_LAW, tolerance, 1000, math.inf, CPU), 0.8, order=order)
+    assert rule.gradient[0, 1:].norm() <= rule.error_estimate <= tolerance
+    assert rule._law.order == pytest.approx(order, abs=0.01)
+    margin = TYPICAL_LAW.margin * (TRIAL_MARGIN if len(rule._counts) == 3 else 1)
+    assert rule.error_estimate == pytest.approx(margin * 0.8 * rule._counts[-1] ** -order, rel=0.02)
+
+
+def test_ladder_without_a_calibration_places_its_steps_where_the_gradients_change():
+    rule = LadderRule(None, TYPICAL_LAW, 0.001, 60, math.inf, CPU)
+    taken = []
+
+    def change(places):
+        return torch.stack((torch.ones_like(places), (6 * places).clamp_max(1)), dim=1)
+
+    while True:
+        middles = (rule.nodes[1:] + rule.nodes[:-1]) / 2
+        taken.append(rule.nodes)
+        for first in range(0, len(middles), 4):
+            rows = slice(first, min(first + 4, len(middles)))
+            rule.add(rows, change(middles[rows]))
+        if not rule.refine(lambda total, difference: (0.5, 0.0)):
+            break
+    # All of it changes in the first sixth of the path; the first nodes were even, there and back.
+    assert taken[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1, 5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 6, 0])
+    assert (taken[1] < 0.25).double().mean() > 0.4
 
 
 def test_refined_rule_keeps_the_last_complete_stage():

@@ -1,9 +1,10 @@
 """Find where a network's paths need their nodes: ``python -m tools.calibrate [--images FOLDER]``.
 
-Takes the gradients of both outputs at evenly spaced points of the paths to some images, and writes how much the
-attribution's integrand changes from point to point, on average, beside the served network, with its checksum, and what
-error to expect. ``method=calibrated`` places its nodes by the one, ``tolerance`` plans with the other. Without a folder
-the images are the demo generator's calibration split, which no network was trained and no rule is judged on.
+Takes the gradients of both outputs at evenly spaced points of the paths to some images, and writes beside the served
+network, with its checksum, how densely nodes belong where, and how errors fall with their number. ``method=calibrated``
+places its nodes by the one, ``tolerance`` and ``deadline_ms`` plan and estimate with the other. Without a folder the
+images are crops of photographs that installed packages carry or, for the network of drawn shapes, its generator's
+calibration split; no rule is judged on any of them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,18 +27,28 @@ from engine_loading import build_engine
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
 from path_density import FILE_NAME, PathDensity
-from path_rules import ERROR_ORDER
+from path_rules import PILOT_SHARE, ErrorLaw
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.export import PREPROCESSING, ensure_exported
+from tools.export import NETWORKS, Preprocessing, ensure_exported, read_manifest, repository_with
+from tools.imagenet.photographs import CALIBRATION, crops, view
 from tools.integrals import EXPLAINED_OUTPUTS, integrands
 from tools.measuring import SHAPE, default_device
 from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
 
 INTERVALS = 64
-SCALE_STEPS = (4, 8)
+# The density is the gradients' mean rate of change to one of these powers. If errors of segments do not cancel and grow
+# as the square of their length, 1/2 is best; if they are random and grow as the length, 1 is.
+EXPONENTS = (0.5, 0.65, 0.8, 0.95)
+# Steps at which the powers are compared, and by what.
+COMPARED_STEPS, REFERENCE_STEPS, REFERENCE_EXPONENT = 16, 96, 0.65
+# Numbers of steps that tell how errors fall; those whose quarter is among them tell what the difference stands for.
+LAW_STEPS = (2, 4, 8, 16, 32)
+LAW_FROM = 4
+# Of images: the expected error, and the margin of an estimate.
+SCALE_PERCENTILE, MARGIN_PERCENTILE = 90, 95
 
 
 def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int = INTERVALS) -> dict[str, Tensor]:
@@ -67,27 +79,79 @@ def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int =
     }
 
 
-def error_scale(engine: IntegratedGradients, image: Tensor) -> dict[str, float]:
-    """For each output, what ``PathDensity.error_scale`` says of one image; the engine has the density already."""
+def attributions(engine: IntegratedGradients, image: Tensor, output: str, steps: Sequence[int]) -> list[Tensor]:
+    """Of the predicted class, with so many steps by the engine's density each."""
     with torch.no_grad():
         target = int(engine.network(image[None]).argmax())
-    found = {}
-    for name in EXPLAINED_OUTPUTS:
-        job = Job(image, torch.zeros_like(image), target, method="calibrated", probability=name == "probability")
-        few, many = (engine.explain([replace(job, n_steps=n)], with_delta=False)[0].attributions for n in SCALE_STEPS)
-        falls = SCALE_STEPS[0] ** -ERROR_ORDER - SCALE_STEPS[1] ** -ERROR_ORDER
-        found[name] = ((many - few).norm() / many.norm()).item() / falls
-    return found
+    job = Job(image, torch.zeros_like(image), target, method="calibrated", probability=output == "probability")
+    found = engine.explain([replace(job, n_steps=count) for count in steps], with_delta=False)
+    return [each.attributions for each in found]
 
 
-def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
+def with_exponent(changes: dict[str, Tensor], exponent: float) -> PathDensity:
+    """Nodes by the rate of change to a power; for both outputs."""
+    return PathDensity({name: change**exponent for name, change in changes.items()}, {})
+
+
+def fit_output(
+    engine: IntegratedGradients, images: Sequence[Tensor], changes: dict[str, Tensor], output: str
+) -> tuple[float, ErrorLaw]:
+    """The power of the rate of change that makes the smallest errors, and how errors fall then. Changes the engine.
+
+    Errors are relative, to an attribution of many steps.
+    """
+    references, compared = [], {exponent: [] for exponent in EXPONENTS}
+    for image in tqdm(images, desc=f"density, {output}"):
+        engine.density = with_exponent(changes, REFERENCE_EXPONENT)
+        references += attributions(engine, image, output, [REFERENCE_STEPS])
+        for exponent, errors in compared.items():
+            engine.density = with_exponent(changes, exponent)
+            (found,) = attributions(engine, image, output, [COMPARED_STEPS])
+            errors.append(((found - references[-1]).norm() / references[-1].norm()).item())
+    exponent = min(EXPONENTS, key=lambda each: np.median(compared[each]))
+    engine.density = with_exponent(changes, exponent)
+    errors, differences = [], []
+    for image, reference in zip(tqdm(images, desc=f"errors, {output}"), references):
+        found = dict(zip(LAW_STEPS, attributions(engine, image, output, LAW_STEPS)))
+        errors.append([((each - reference).norm() / reference.norm()).item() for each in found.values()])
+        differences.append(
+            {
+                count: ((each - found[round(PILOT_SHARE * count)]).norm() / reference.norm()).item()
+                for count, each in found.items()
+                if round(PILOT_SHARE * count) in found
+            }
+        )
+    return exponent, fit_law(np.array(errors), differences)
+
+
+def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw:
+    """How errors fall.
+
+    Args:
+        errors: relative [images, numbers of steps], at ``LAW_STEPS``.
+        differences: for each image, number of steps -> relative difference to a quarter of them.
+    """
+    counts = np.array(LAW_STEPS)
+    fitted = counts >= LAW_FROM
+    slope, _ = np.polyfit(np.log(counts[fitted]), np.log(np.median(errors[:, fitted], axis=0)), 1)
+    scale = np.percentile(errors[:, fitted] * counts[fitted] ** -slope, SCALE_PERCENTILE)
+    law = ErrorLaw(float(scale), float(-slope), 1.0)
+    stands_for = [
+        errors[image, LAW_STEPS.index(count)] / (law.share(round(PILOT_SHARE * count), count) * difference)
+        for image, by_count in enumerate(differences)
+        for count, difference in by_count.items()
+    ]
+    return replace(law, margin=float(np.percentile(stands_for, MARGIN_PERCENTILE)))
+
+
+def load_folder(folder: Path, count: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Images of a folder as `preprocess` shows them to the classifier, [3, 224, 224]; others are reported and left."""
     taken, limits = 0, ImageLimits()
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or taken == count:
             continue
         try:
-            pixels = load_pixels(open_image(file.read_bytes(), limits), PREPROCESSING.mean, PREPROCESSING.std, limits)
+            pixels = load_pixels(open_image(file.read_bytes(), limits), preprocessing.mean, preprocessing.std, limits)
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue
@@ -98,42 +162,51 @@ def load_folder(folder: Path, count: int) -> Iterator[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: drawn shapes)")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: see above)")
     parser.add_argument("--count", type=int, default=32, help="images to take (default: %(default)s)")
-    parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
-    parser.add_argument("--out", type=Path, help=f"default: {FILE_NAME} beside the served network")
+    served = parser.add_mutually_exclusive_group()
+    served.add_argument("--network", choices=NETWORKS, help="one of this repository's instead of what is served")
+    served.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
+    parser.add_argument("--out", type=Path, help=f"default: {FILE_NAME} beside the network")
     arguments = parser.parse_args()
-    ensure_exported(arguments.repository)
-    file = arguments.repository / "classifier" / "1" / "model.pt"
+    repository = repository_with(arguments.network) if arguments.network else arguments.repository
+    ensure_exported(repository, arguments.network or os.environ.get("NETWORK"))
+    manifest = read_manifest(repository) or {}
+    preprocessing = Preprocessing(**manifest.get("preprocessing", {}))
+    file = repository / "classifier" / "1" / "model.pt"
     engine = build_engine(file, arguments.device, SHAPE, precision="ieee")
-    if arguments.images is None:
+    if arguments.images is not None:
+        images, source = list(load_folder(arguments.images, arguments.count, preprocessing)), arguments.images.name
+    elif manifest.get("network") == "shapes":
         images = [view_pixels("calibration", [index])[0] for index in range(arguments.count)]
         source = "the shapes generator's calibration split"
     else:
-        images, source = list(load_folder(arguments.images, arguments.count)), arguments.images.name
+        images = [view(image, preprocessing) for _, image in crops(CALIBRATION, arguments.count)]
+        source = "crops of " + ", ".join(photograph.name for photograph in CALIBRATION)
     if not images:
         sys.exit(f"calibrate: there is no image in {arguments.images}")
     images = [image.to(arguments.device) for image in images]
-    found = [gradient_change(engine, image) for image in tqdm(images, desc="density")]
+    found = [gradient_change(engine, image) for image in tqdm(images, desc="changes")]
     changes = {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in EXPLAINED_OUTPUTS}
-    engine.density = PathDensity(changes, PathDensity.unknown().error_scale)
-    scales = [error_scale(engine, image) for image in tqdm(images, desc="errors")]
-    manifest = file.with_name("manifest.json")
+    fits = {name: fit_output(engine, images, changes, name) for name in EXPLAINED_OUTPUTS}
     content = {
         "model_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "weights_sha256": json.loads(manifest.read_text())["weights_sha256"] if manifest.is_file() else None,
+        "weights_sha256": manifest.get("weights_sha256"),
         "images": f"{len(images)} of {source}",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "torchvision")},
-        "error_scale": {
-            name: round(float(np.percentile([each[name] for each in scales], 90)), 3) for name in EXPLAINED_OUTPUTS
+        "exponent": {name: exponent for name, (exponent, _) in fits.items()},
+        "error_law": {
+            name: {key: round(value, 3) for key, value in vars(law).items()} for name, (_, law) in fits.items()
         },
-        "gradient_change": {
-            name: [float(f"{value:.4g}") for value in values.tolist()] for name, values in changes.items()
+        "density": {
+            name: [float(f"{value:.4g}") for value in (changes[name] ** exponent).tolist()]
+            for name, (exponent, _) in fits.items()
         },
     }
     out = arguments.out or file.with_name(FILE_NAME)
     out.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps({"exponent": content["exponent"], "error_law": content["error_law"]}))
     print(f"wrote {out}")
 
 

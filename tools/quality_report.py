@@ -20,7 +20,12 @@ COLOURS = {
     "gausslegendre": "#003d5b",
     "riemann_trapezoid": "#8d99ae",
     "tolerance": "#edae49",
+    "uncalibrated": "#66a182",
 }
+# Kinds of rules whose setting is a tolerance.
+TOLERANT = ("tolerance", "uncalibrated")
+# An estimate is near the true error between these multiples of it.
+NEAR = (0.4, 2.5)
 
 
 def values_of(report: dict[str, Any], output: str, rule: str, key: str) -> np.ndarray:
@@ -55,49 +60,55 @@ def table(report: dict[str, Any]) -> str:
     for output in dict.fromkeys(entry["output"] for entry in report["results"]):
         lines += _rules_table(report, output)
         lines += _tolerances_table(report, output)
-    lines += ["| map | deletion | insertion | top 1 % inside | peak inside |", "|---|---|---|---|---|"]
+    names = {"deletion": "deletion", "insertion": "insertion"}
+    if report["network"] == "shapes":
+        names |= {"top_share_inside": "top 1 % inside", "peak_inside": "peak inside"}
+    lines += ["| map | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
     for name, found in report["faithfulness"].items():
-        lines.append(
-            f"| {name} | {found['deletion']:.3f} | {found['insertion']:.3f} | {found['top_share_inside']:.1%} "
-            f"| {found['peak_inside']:.0%} |"
-        )
+        lines.append(f"| {name} | " + " | ".join(f"{found[key]:.3f}" for key in names) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _rules_table(report: dict[str, Any], output: str) -> Iterable[str]:
-    yield f"`{output}`, {report['images']} images, reference: midpoint rule of {report['reference_steps']} points"
+    points = report["reference_steps"]
+    yield f"{report['network']}, `{output}`, {report['images']} images, reference: midpoint rule of {points} points"
     yield ""
     timed = output == "logit"  # which is what was timed
-    yield "| rule | steps, median | error, median | error, 95 % | rank correlation | gap, median |" + " time |" * timed
-    yield "|---|---|---|---|---|---|" + "---|" * timed
+    yield (
+        "| rule | steps, median | error, median | error, 95 % | top 1 % of pixels | top 5 % | rank correlation "
+        "| gap, median |" + " time |" * timed
+    )
+    yield "|---" * (8 + timed) + "|"
     for name, _, _ in rules_of(report):
-        steps, error, rank, gap = (
-            values_of(report, output, name, key) for key in ("steps", "error", "rank_correlation", "gap")
-        )
+        keys = ("steps", "error", "top_1%", "top_5%", "rank_correlation", "gap")
+        steps, error, top_1, top_5, rank, gap = (values_of(report, output, name, key) for key in keys)
+        time = f" {1e3 * report['seconds'][name]:.0f} ms |" if timed else ""
         yield (
             f"| {name} | {np.median(steps):.0f} | {np.median(error):.4f} | {np.percentile(error, 95):.4f} "
-            f"| {np.median(rank):.4f} | {np.median(gap):.4f} |" + f" {1e3 * report['seconds'][name]:.0f} ms |" * timed
+            f"| {np.median(top_1):.1%} | {np.median(top_5):.1%} | {np.median(rank):.4f} | {np.median(gap):.4f} |{time}"
         )
     yield ""
 
 
 def _tolerances_table(report: dict[str, Any], output: str) -> Iterable[str]:
-    methods = list(dict.fromkeys(kind for _, kind, _ in rules_of(report) if kind != "tolerance"))
+    methods = list(dict.fromkeys(kind for _, kind, _ in rules_of(report) if kind not in TOLERANT))
     captums = [method for method in methods if method != "calibrated"]
     yield (
-        "| tolerance | within it | estimate / error, median | steps, median (95 %) "
-        "| for the same 95 % error: best of Captum's methods | calibrated |"
+        "| tolerance | true error, median (95 %) | within it | estimate / error, median | estimate 0.4 to 2.5 times it "
+        "| steps, median (95 %) | for the same 95 % error: best of Captum's methods | calibrated |"
     )
-    yield "|---|---|---|---|---|---|"
+    yield "|---" * 8 + "|"
     for name, kind, setting in rules_of(report):
-        if kind != "tolerance":
+        if kind not in TOLERANT:
             continue
         errors, steps, estimates = (values_of(report, output, name, key) for key in ("error", "steps", "estimate"))
         high = np.percentile(errors, 95)
         needed = {method: steps_for(report, output, method, high) for method in methods}
         best = min(captums, key=needed.get)
+        near = np.mean((estimates >= NEAR[0] * errors) & (estimates <= NEAR[1] * errors))
         yield (
-            f"| {setting} | {np.mean(errors <= float(setting)):.0%} | {np.median(estimates / errors):.2f} "
+            f"| {setting}{', no calibration' * (kind == 'uncalibrated')} | {np.median(errors):.4f} ({high:.4f}) "
+            f"| {np.mean(errors <= float(setting)):.0%} | {np.median(estimates / errors):.2f} | {near:.0%} "
             f"| {np.median(steps):.0f} ({np.percentile(steps, 95):.0f}) | {needed[best]:.1f} ({best}) "
             f"| {needed['calibrated']:.1f} |"
         )
@@ -111,12 +122,14 @@ def plot(report: dict[str, Any], file: Path) -> None:
     for axis, output in zip(axes[0], outputs):
         for method, colour in COLOURS.items():
             own = [(name, setting) for name, kind, setting in rules_of(report) if kind == method]
+            if not own:
+                continue
             steps = [np.median(values_of(report, output, name, "steps")) for name, _ in own]
             errors = [values_of(report, output, name, "error") for name, _ in own]
             medians, highs = (np.array([np.percentile(each, share) for each in errors]) for share in (50, 95))
-            if method == "tolerance":
+            if method in TOLERANT:
                 axis.errorbar(
-                    steps, medians, [0 * medians, highs - medians], fmt="o", color=colour, zorder=3, label="tolerance"
+                    steps, medians, [0 * medians, highs - medians], fmt="o", color=colour, zorder=3, label=method
                 )
                 for (_, setting), x, y in zip(own, steps, medians):
                     axis.annotate(setting, (x, y), (-6, -11), textcoords="offset points", ha="right", fontsize=8)

@@ -26,7 +26,7 @@ from classifier_network import CapturedPasses, EagerPasses, Network, Rows, Unsup
 from pass_clock import PassClock
 from path_density import PathDensity
 from path_quadrature import place_points, quadrature
-from path_rules import LEAST_STEPS, FixedRule, LadderRule, RefinedRule
+from path_rules import LEAST_STEPS, TYPICAL_LAW, FixedRule, LadderRule, RefinedRule
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -424,18 +424,19 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         output = "probability" if job.probability else "logit"
         if job.refines and job.n_steps < LEAST_STEPS:
             raise ValueError(f"a tolerance or a deadline takes at least {LEAST_STEPS} steps, not {job.n_steps}")
-        density = self.density or PathDensity.unknown()
+        density = self.density
         if job.refines and self.network.has_mean_slopes:
-            scale, affordable = density.error_scale[output], self._affordable_steps(job, 1, sharing)
-            edges = partial(density.edges, output)
-            return LadderRule(edges, scale, job.tolerance, job.n_steps, affordable, device)
+            edges = None if density is None else partial(density.edges, output)
+            law = TYPICAL_LAW if density is None else density.law[output]
+            affordable = self._affordable_steps(job, 1, sharing)
+            return LadderRule(edges, law, job.tolerance, job.n_steps, affordable, device)
         if job.refines:
             return RefinedRule(job.tolerance, job.n_steps, self._affordable_steps(job, 0, sharing), device)
         if job.method != "calibrated":
             chosen = slice(job.part, None, job.parts)
             nodes, weights = (values[chosen] for values in quadrature(job.method, job.n_steps))
             return FixedRule(nodes.to(device), weights)
-        if self.density is None:
+        if density is None:
             raise ValueError("the method 'calibrated' needs a density")
         edges = density.edges(output, job.n_steps)
         nodes = edges if self.network.has_mean_slopes else (edges[1:] + edges[:-1]) / 2

@@ -26,6 +26,36 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(alphas(n_steps)), torch.tensor(step_sizes(n_steps))
 
 
+# Of the mean density: no part of a path goes without nodes because it seemed quiet there.
+LEAST_DENSITY = 0.1
+
+
+def even_bounds(count: int) -> Tensor:
+    """``count`` + 1 places from 0 to 1, float64."""
+    return torch.linspace(0, 1, count + 1, dtype=torch.float64)
+
+
+def share_out(density: Tensor, bounds: Tensor, n_steps: int) -> Tensor:
+    """``n_steps`` + 1 places from 0 to 1, with as much density between any two.
+
+    Args:
+        density: float64 [intervals], at least 0.
+        bounds: float64 [intervals + 1], ascending from 0 to 1: where the density has those values.
+        n_steps: at least 1.
+
+    Returns:
+        float64 [n_steps + 1].
+    """
+    widths = bounds.diff()
+    mean = (density * widths).sum()
+    density = density.clamp_min(LEAST_DENSITY * mean) if mean > 0 else torch.ones_like(density)
+    reached = torch.cat((torch.zeros(1).double(), (density * widths).cumsum(dim=0)))
+    wanted = even_bounds(n_steps)[1:-1] * reached[-1]
+    interval = torch.searchsorted(reached, wanted, right=True) - 1
+    inside = bounds[interval] + (wanted - reached[interval]) / density[interval]
+    return torch.cat((torch.zeros(1).double(), inside, torch.ones(1).double()))
+
+
 def place_points(start: Tensor, displacement: Tensor, nodes: Tensor, points: Tensor) -> None:
     """Write ``start + nodes * displacement`` [n, ...] into ``points``, computed in the dtype of ``start`` [1, ...].
 
