@@ -6,6 +6,7 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
 
+# NETWORK=lite0|imagenet|shapes|PATH chooses what these two serve.
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
 
@@ -44,6 +45,7 @@ bench-server: $(INSTALLED)
 	$(BIN)/python -m tools.bench.server $(ARGS)
 
 # How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
+# NETWORK=lite0 takes crops of photographs; the default is the network of drawn shapes.
 quality: $(INSTALLED)
 	$(BIN)/python -m tools.quality $(ARGS)
 

@@ -10,7 +10,6 @@ from path_rules import (
     ERROR_CORRELATION,
     PLANNING_RESERVE,
     SINGLE_STEP_MARGIN,
-    TRIAL_MARGIN,
     TYPICAL_LAW,
     ErrorLaw,
     LadderRule,
@@ -149,6 +148,23 @@ def test_ladder_never_spends_more_than_its_limit(n_steps):
         assert rule.error_estimate > 0.001
 
 
+@pytest.mark.parametrize("n_steps", [3, 22, 50, 60, 61, 75, 200])
+def test_ladder_without_a_calibration_keeps_its_limit_and_a_deadline_that_shrinks(n_steps):
+    for affordable in (math.inf, 0, 15, 40):
+        rule = walk_ladder(LadderRule(None, TYPICAL_LAW, 0.001, n_steps, math.inf, CPU), 3.0, affordable=affordable)
+        assert 3 <= rule.n_steps <= n_steps
+        assert 0.001 < rule.error_estimate < math.inf
+
+
+def test_ladder_ends_where_nothing_changes_and_where_gradients_are_no_numbers():
+    for value, estimate in ((0.0, 0.0), (math.nan, math.nan)):
+        rule = LadderRule(None, TYPICAL_LAW, 0.01, 500, math.inf, CPU)
+        steps = len(rule.nodes) - 1
+        rule.add(slice(0, steps), torch.full((steps, 2), value))
+        assert not rule.refine(lambda total, difference, value=value: (value, 0.0))
+        assert rule.error_estimate == pytest.approx(estimate, nan_ok=True)
+
+
 def test_ladder_spends_what_it_can_afford_and_at_least_three_steps():
     counts = [
         walk_ladder(LadderRule(even_bounds, LAW, None, 1000, affordable, CPU), affordable=0).n_steps
@@ -188,8 +204,7 @@ def test_ladder_without_a_calibration_finds_the_order_and_comes_within_the_toler
     rule = walk_ladder(LadderRule(None, TYPICAL_LAW, tolerance, 1000, math.inf, CPU), 0.8, order=order)
     assert rule.gradient[0, 1:].norm() <= rule.error_estimate <= tolerance
     assert rule._law.order == pytest.approx(order, abs=0.01)
-    margin = TYPICAL_LAW.margin * (TRIAL_MARGIN if len(rule._counts) == 3 else 1)
-    assert rule.error_estimate == pytest.approx(margin * 0.8 * rule._counts[-1] ** -order, rel=0.02)
+    assert rule.error_estimate == pytest.approx(TYPICAL_LAW.margin * 0.8 * rule._counts[-1] ** -order, rel=0.02)
 
 
 def test_ladder_without_a_calibration_places_its_steps_where_the_gradients_change():

@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,8 @@ def load_source(weights: str, architecture: str = "resnet18", labels_file: Path 
         raise ExportError(
             f"{path} does not hold the weights of a {architecture}: {str(error).splitlines()[1].strip()}"
         ) from None
-    description = weights if weights == "shapes" else path.name
-    return Source(module.eval(), labels, architecture, description, _sha256(path), weights)
+    description, network = (weights, weights) if weights == "shapes" else (path.name, str(path.resolve()))
+    return Source(module.eval(), labels, architecture, description, _sha256(path), network)
 
 
 def _load_lite0() -> Source:
@@ -204,7 +204,9 @@ def _load_imagenet(architecture: str) -> Source:
         socket.setdefaulttimeout(before)
     preprocessing = Preprocessing(mean=tuple(expected.mean), std=tuple(expected.std))
     labels = list(weights.meta["categories"])
-    return Source(module.eval(), labels, architecture, str(weights), network="imagenet", preprocessing=preprocessing)
+    fetched = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    sha256 = _sha256(fetched) if fetched.is_file() else None
+    return Source(module.eval(), labels, architecture, str(weights), sha256, "imagenet", preprocessing)
 
 
 def load_default() -> Source:
@@ -382,19 +384,34 @@ def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = N
         what = manifest["weights"] if manifest else "a file that was not exported here"
         if not file.is_file():
             raise ExportError(f"{file} is missing; {what} was exported there: export it again, or remove manifest.json")
-        if network and (manifest is None or manifest.get("network") != network):
+        if network and (manifest is None or manifest.get("network") != _resolved(network)):
             raise ExportError(
                 f"{file} is {what}, which somebody put there and {network} would replace; "
                 f"python -m tools.export --weights {network} does"
             )
         return
     known = manifest.get("network") if manifest and file.is_file() else None
-    wanted = network or known
-    if known and known == wanted and manifest["exporter_sha256"] == _exporter_sha256():
-        checkpoint = {"shapes": DEMO_CHECKPOINT, "lite0": None, "imagenet": None}.get(wanted, Path(wanted))
-        if checkpoint is None or (checkpoint.is_file() and _sha256(checkpoint) == manifest["weights_sha256"]):
+    wanted = known if network is None else _resolved(network)
+    if known and known == wanted:
+        checkpoint = DEMO_CHECKPOINT if known == "shapes" else None if known in NETWORKS else Path(known)
+        if checkpoint is not None and not checkpoint.is_file():
+            return  # where it came from is gone, and it serves
+        is_same = checkpoint is None or _sha256(checkpoint) == manifest["weights_sha256"]
+        if is_same and manifest["exporter_sha256"] == _exporter_sha256():
             return
-    export(load_source(wanted) if wanted else load_default(), repository, automatic=True)
+    try:
+        source = load_source(wanted) if wanted else load_default()
+    except DownloadError as error:
+        if known != wanted:
+            raise
+        print(f"what an earlier version exported serves on: {error}", flush=True)
+        return
+    export(source, repository, automatic=True)
+
+
+def _resolved(network: str) -> str:
+    """A network's name; the whole path of one that is a file."""
+    return network if network in NETWORKS else str(Path(network).resolve())
 
 
 def repository_with(network: str) -> Path:
@@ -411,28 +428,33 @@ def repository_with(network: str) -> Path:
 
 
 def read_manifest(repository: Path = MODEL_REPOSITORY) -> dict[str, Any] | None:
-    """What ``export`` says of the classifier in a repository; None where it did not write it."""
-    file = repository / "classifier" / "1" / "manifest.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    """What ``export`` says of the classifier in a repository; None where it did not write the ``model.pt`` there."""
+    folder = repository / "classifier" / "1"
+    if not (folder / "manifest.json").is_file():
+        return None
+    manifest = json.loads((folder / "manifest.json").read_text())
+    is_foreign = (folder / "model.pt").is_file() and _sha256(folder / "model.pt") != manifest["model_sha256"]
+    return None if is_foreign else manifest
 
 
 def describe_served(repository: Path = MODEL_REPOSITORY) -> str:
     """Network, weights, classes and checksum of the classifier in a repository, in one line."""
     checksum = _sha256(repository / "classifier" / "1" / "model.pt")
     manifest = read_manifest(repository)
-    if manifest is None or manifest["model_sha256"] != checksum:
+    if manifest is None:
         return f"a model.pt that was not exported here, sha256 {checksum[:12]}"
     return f"{manifest['architecture']}, {manifest['weights']}, {manifest['classes']} classes, sha256 {checksum[:12]}"
 
 
 def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> None:
-    """Put a known network's calibration beside it; nobody else's stays beside a network that it was not made for."""
+    """Put a network's calibration beside it, a known one or its own from before; nobody else's stays there."""
     file = folder / FILE_NAME
+    known = [json.loads(each.read_text()) for each in (*CALIBRATIONS, file) if each.is_file()]
     file.unlink(missing_ok=True)
-    for known in CALIBRATIONS:
-        calibration = json.loads(known.read_text())
-        if source.sha256 and calibration["weights_sha256"] == source.sha256:
+    for calibration in known:
+        if source.sha256 and calibration.get("weights_sha256") == source.sha256:
             file.write_text(json.dumps({**calibration, "model_sha256": model_sha256}, indent=1) + "\n")
+            return
 
 
 def _exporter_sha256() -> str:
@@ -450,10 +472,16 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="lite0, imagenet, shapes, or the path of a checkpoint")
     parser.add_argument("--arch", default="resnet18", help="a name of torchvision.models (default: resnet18)")
     parser.add_argument("--labels", type=Path, help="class names for a checkpoint that has none, one a line")
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=float, nargs=3, help="of values in [0, 1], by channel (default: the weights' own)"
+        )
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
     arguments = parser.parse_args()
     try:
         source = load_source(arguments.weights, arguments.arch, arguments.labels)
+        given = {name: tuple(getattr(arguments, name)) for name in ("mean", "std") if getattr(arguments, name)}
+        source = replace(source, preprocessing=replace(source.preprocessing, **given))
         path = export(source, arguments.repository)
     except ExportError as error:
         sys.exit(f"export: {error}")

@@ -32,8 +32,9 @@ from attribution_engine import Explanation, IntegratedGradients, Job
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.export import NETWORKS, Preprocessing
+from tools.export import Preprocessing
 from tools.faithfulness import curves
+from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.integrals import EXPLAINED_OUTPUTS, load_or_integrate
 from tools.measuring import default_device, describe_machine, load_engine, load_manifest, medians, relative_distance
@@ -54,6 +55,8 @@ STEPS = (8, 16, 20, 32, 50, 100)
 TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01)
 # The most that a tolerance may spend here: enough never to be what ends it.
 MOST_STEPS = 1000
+# What comes with a calibration, without which there is nothing to compare.
+CALIBRATED_NETWORKS = ("shapes", "lite0")
 # Points of the integral: its own error is a hundredth of Captum's with 50 steps, or less.
 REFERENCE_STEPS = {"shapes": 2048}
 OTHER_REFERENCE_STEPS = 4096
@@ -106,7 +109,7 @@ class HeldOut:
         files = [code / f"{name}.py" for name in ("path_rules", "path_quadrature", "path_density")]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         digest.update(json.dumps({name: values.tolist() for name, values in density.density.items()}).encode())
-        digest.update(repr((density.law, rules)).encode())
+        digest.update(repr((density.law, rules)).encode() + Path(photographs.__file__).read_bytes())
         self.results_file = self.folder / f"rules_{reference_steps}_{digest.hexdigest()[:12]}.jsonl"
 
     def images(self, count: int) -> dict[str, Tensor]:
@@ -132,7 +135,9 @@ class HeldOut:
 
     def integral(self, name: str, job: Job) -> dict[str, Tensor]:
         """The integral of each output along a job's path, [3, height, width]; computed where it is not kept."""
-        file = self.folder / f"integrals_{self.reference_steps}" / f"{name}.npz"
+        # Of the same name and other pixels, it is another image.
+        digest = hashlib.sha256(job.image.cpu().numpy().tobytes()).hexdigest()
+        file = self.folder / f"integrals_{self.reference_steps}" / f"{name}_{digest[:8]}.npz"
         return load_or_integrate(file, self.engine, job.image, job.target, self.reference_steps)
 
     def results(self, images: dict[str, Tensor], outputs: list[str]) -> list[dict[str, Any]]:
@@ -225,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
     network = os.environ.get("NETWORK") or "shapes"
-    parser.add_argument("--network", choices=NETWORKS, default=network, help="default: NETWORK, or shapes")
+    parser.add_argument("--network", default=network, help="shapes or lite0 (default: NETWORK, or shapes)")
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--outputs", nargs="+", choices=EXPLAINED_OUTPUTS, default=list(EXPLAINED_OUTPUTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -234,6 +239,10 @@ def main() -> None:
     parser.add_argument("--reference-steps", type=int, help="default: 2048 for shapes, 4096 for others")
     parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where results lie and are taken up")
     arguments = parser.parse_args()
+    if arguments.network not in CALIBRATED_NETWORKS:
+        parser.error(f"{arguments.network} has no calibration here; there are {', '.join(CALIBRATED_NETWORKS)}")
+    if "calibrated" not in arguments.methods or len(arguments.methods) < 2 or len(arguments.steps) < 2:
+        parser.error("calibrated is compared with at least one other method, at two numbers of steps or more")
     steps = arguments.reference_steps or REFERENCE_STEPS.get(arguments.network, OTHER_REFERENCE_STEPS)
     rules = Rules(tuple(arguments.methods), tuple(arguments.steps), tuple(arguments.tolerances))
     held_out = HeldOut(arguments.network, arguments.device, steps, arguments.folder, rules)

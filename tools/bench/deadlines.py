@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tools.measuring import default_device, describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
-from tools.quality import FIRST_VIEW, HeldOut
+from tools.quality import HeldOut, Rules
 
 DEADLINES_MS = (200, 400, 800, 1600)
 MOST_STEPS = 1000
@@ -29,9 +29,9 @@ MOST_STEPS = 1000
 
 def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: int) -> dict[str, list[dict[str, Any]]]:
     """For each deadline, what came of each request."""
-    views = range(FIRST_VIEW, FIRST_VIEW + images)
-    jobs = [held_out.job(view, "logit") for view in views]
-    integrals = [held_out.integral(view, job)["logit"] for view, job in zip(tqdm(views, desc="integrals"), jobs)]
+    named = held_out.images(images)
+    names, jobs = list(named), [held_out.job(image, "logit") for image in named.values()]
+    integrals = [held_out.integral(name, job)["logit"] for name, job in zip(tqdm(names, desc="integrals"), jobs)]
     passes = _time_passes(held_out)
     found: dict[str, list[dict[str, Any]]] = {str(deadline_ms): [] for deadline_ms in deadlines_ms}
     for number in tqdm(range(requests), desc="requests"):
@@ -45,7 +45,7 @@ def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: i
             seconds = time.monotonic() - started
             found[str(deadline_ms)].append(
                 {
-                    "view": views[number % images],
+                    "image": names[number % images],
                     "milliseconds": 1000 * seconds,
                     "longest_pass_ms": 1000 * max(passes),
                     "steps": explanation.n_steps,
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where references are kept")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "deadlines.json")
     arguments = parser.parse_args()
-    held_out = HeldOut(arguments.device, arguments.reference_steps, arguments.folder)
+    held_out = HeldOut("shapes", arguments.device, arguments.reference_steps, arguments.folder, Rules())
     answers = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
     report = {
         "command": " ".join(["python -m tools.bench.deadlines", *sys.argv[1:]]),

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 DEMO_CHECKPOINT = Path(__file__).with_name("shapes_resnet18.safetensors")
-# Where its integration paths need their nodes: python -m tools.calibrate --out tools/shapes/path_density.json
+# Where its integration paths need their nodes: python -m tools.calibrate --network shapes --out THIS_FILE
 DEMO_CALIBRATION = Path(__file__).with_name("path_density.json")
 _SCALE_SUFFIX = ".scale"
 

@@ -1,5 +1,6 @@
 """Triton model: attributions and the pixels they belong to in, PNG overlays out."""
 
+import hashlib
 import json
 import traceback
 from pathlib import Path
@@ -18,8 +19,12 @@ class TritonPythonModel:
     def initialize(self, args):
         settings = json.loads(args["model_config"])["parameters"]
         # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
-        manifest = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "manifest.json"
-        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
+        folder = Path(args["model_repository"]).parent / "classifier" / args["model_version"]
+        own = {}
+        if (folder / "manifest.json").is_file() and (folder / "model.pt").is_file():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["model_sha256"] == hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest():
+                own = manifest["preprocessing"]
         self.mean, self.std = (
             np.array(own.get(name) or settings[name]["string_value"].split(","), np.float32).reshape(3, 1, 1)
             for name in ("mean", "std")

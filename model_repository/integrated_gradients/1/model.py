@@ -105,18 +105,19 @@ class TritonPythonModel:
         file = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "model.pt"
         if not file.is_file():
             raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
-        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
-        manifest = file.with_name("manifest.json")
-        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
-        self.baselines = Baselines(
-            *(own.get(name) or [float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
-        )
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
             if threads := int(settings["cpu_threads"]):
                 torch.set_num_threads(threads)
         shape = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "PIXELS")
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
+        manifest = file.with_name("manifest.json")
+        written = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        own = written["preprocessing"] if written.get("model_sha256") == checksum else {}
+        self.baselines = Baselines(
+            *(own.get(name) or [float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
+        )
         density, self.uncalibrated = None, ""
         try:
             density = PathDensity.load(file.with_name(FILE_NAME), checksum)

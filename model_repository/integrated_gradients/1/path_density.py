@@ -15,6 +15,8 @@ from torch import Tensor
 
 FILE_NAME = "path_density.json"
 OUTPUTS = ("logit", "probability")
+# Errors that fell more slowly would take numbers of steps beyond bounds.
+LEAST_ORDER = 0.3
 
 
 class CalibrationError(Exception):
@@ -61,6 +63,7 @@ class PathDensity:
                 is_valid = density.dim() == 1 and len(density) > 0
                 is_valid = is_valid and bool((density.isfinite() & (density >= 0)).all())
                 is_valid = is_valid and all(0 < value < math.inf for value in vars(law).values())
+                is_valid = is_valid and law.order >= LEAST_ORDER
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
                 is_valid = False
             if not is_valid:

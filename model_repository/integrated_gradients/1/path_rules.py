@@ -40,13 +40,13 @@ LEAST_STEPS = 3
 # the next, a quarter of which and a half of which are taken too, to find out how errors fall.
 SCOUTING_STEPS = (3, 6)
 LEAST_TRIAL_STEPS, MOST_TRIAL_STEPS = 8, 200
+# With fewer to spend, even steps from the first on come further.
+LEAST_SCOUTED_STEPS = 60
 # Steps are placed by that power of the gradients' rate of change; `tools/calibrate` finds a network's own.
 TYPICAL_EXPONENT = 0.65
 # Relative changes from one gradient to the next that say nothing.
 ROUNDING = 1e-6
-# Nodes of the trial are placed by few even ones, and its errors are larger than a law says.
-TRIAL_MARGIN = 1.4
-# Later ones are placed better and better, so that only a large step says how errors fall.
+# Nodes of each stage are placed better than those of the one before, so that only a large step says how errors fall.
 TRIAL_GROWTH = 2.0
 # Orders that three numbers of steps can tell of; beyond them it is chance.
 LEAST_ORDER, MOST_ORDER = 1.2, 1.75
@@ -161,7 +161,7 @@ class LadderRule(_Rule):
         self._edges = edges or even_bounds
         self.error_estimate = math.inf
         first = int(min(n_steps, max(LEAST_STEPS, affordable)))
-        self._scouts = edges is None and first >= sum(SCOUTING_STEPS) + _trial_cost(LEAST_TRIAL_STEPS)
+        self._scouts = edges is None and first >= LEAST_SCOUTED_STEPS
         if self._scouts:
             self._walk(SCOUTING_STEPS)
             return
@@ -218,12 +218,14 @@ class LadderRule(_Rule):
         self.gradient = fine + LADDER_CORRECTION * share * difference
         relative, gap = judge(self.gradient, difference)
         margin = self._law.margin * (SINGLE_STEP_MARGIN if self._coarse_steps == 1 else 1)
-        if len(self._counts) > 2:
-            margin *= TRIAL_MARGIN
         self.error_estimate = margin * share * relative
         is_scouting = self._scouts and self._counts == SCOUTING_STEPS
-        # Even steps, and few: two numbers of them may agree by chance.
-        if not is_scouting and max(self.error_estimate, gap) <= self._tolerance:
+        # The first two stages without a calibration agree by chance where both overlook a part of the path.
+        is_placed = not self._scouts or len(self._counts) == 1
+        is_exact = relative == gap == 0  # nothing to explain, or nothing that changes
+        if is_exact or math.isnan(relative):
+            return False
+        if is_placed and max(self.error_estimate, gap) <= self._tolerance:
             return False
         steps_left = min(affordable, self._most_steps - self.n_steps)
         if self._scouts:

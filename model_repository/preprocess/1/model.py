@@ -1,5 +1,6 @@
 """Triton model: encoded images in, normalised pixels out."""
 
+import hashlib
 import json
 import os
 import traceback
@@ -28,8 +29,12 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
         # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
-        manifest = Path(args["model_repository"]).parent / "classifier" / args["model_version"] / "manifest.json"
-        own = json.loads(manifest.read_text())["preprocessing"] if manifest.is_file() else {}
+        folder = Path(args["model_repository"]).parent / "classifier" / args["model_version"]
+        own = {}
+        if (folder / "manifest.json").is_file() and (folder / "model.pt").is_file():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["model_sha256"] == hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest():
+                own = manifest["preprocessing"]
         self.mean, self.std = (
             own.get(name) or [float(v) for v in settings[name].split(",")] for name in ("mean", "std")
         )
