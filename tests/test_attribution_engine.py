@@ -172,7 +172,7 @@ def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, p
         (integral,) = engine.explain([replace(job, tolerance=None, n_steps=128, method="riemann_middle")])
         assert relative_distance(found.attributions, integral.attributions) <= tolerance
         assert found.error_estimate <= tolerance
-        assert 3 <= found.n_steps < 60
+        assert 3 <= found.n_steps < 100  # without a calibration
         change = found.attributions.sum() - found.convergence_delta
         assert abs(found.convergence_delta) <= tolerance * max(abs(change), 0.1 * found.attributions.abs().sum())
 
