@@ -18,7 +18,8 @@ from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
 
 # Once `tools` has been imported: the models' modules go by their own names.
-from attribution_engine import IntegratedGradients, Job  # isort: skip
+from attribution_engine import AttributionEngine  # isort: skip
+from attribution_job import Job
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION_TRANSFORM = transforms.Compose(
@@ -72,8 +73,8 @@ def served_module() -> torch.jit.ScriptModule:
 
 
 @pytest.fixture
-def engine(served_module) -> IntegratedGradients:
-    return IntegratedGradients(served_module)
+def engine(served_module) -> AttributionEngine:
+    return AttributionEngine(served_module)
 
 
 def small_job(n_steps: int, seed: int = 0, **options) -> Job:

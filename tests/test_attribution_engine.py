@@ -7,7 +7,8 @@ import captum.attr
 import numpy as np
 import pytest
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from classifier_network import Network
 from conftest import MEAN, STD, relative_distance, scene_pixels, untrained
 from path_baselines import Baselines
@@ -53,7 +54,7 @@ def test_engine_is_as_close_to_float64_as_captum_is(
         eager_model_float64, image.double(), start.double(), probability=probability, **options
     )
     captum_float32, captum_delta = captum_attribution(eager_model, image, start, probability=probability, **options)
-    (found,) = IntegratedGradients(served_module).explain([Job(image, start, probability=probability, **options)])
+    (found,) = AttributionEngine(served_module).explain([Job(image, start, probability=probability, **options)])
 
     own, captums = relative_distance(found.attributions, reference), relative_distance(captum_float32, reference)
     print(f"relative distance to float64: engine {own:.1e}, Captum in float32 {captums:.1e}")
@@ -86,7 +87,7 @@ def unlike_jobs() -> list[Job]:
 
 
 def test_unlike_jobs_together_equal_each_alone(served_module):
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     jobs = unlike_jobs()
     for job, together in zip(jobs, engine.explain(jobs)):
         (alone,) = engine.explain([job])
@@ -102,14 +103,14 @@ def test_roads_with_and_without_hoisting_agree(served_module):
     jobs = [replace(job, image=job.image.double(), baseline=job.baseline.double()) for job in unlike_jobs()]
     hoisting, general = Network(copy.deepcopy(served_module).double()), Network(copy.deepcopy(served_module).double())
     general.hoists = False
-    for one, other in zip(IntegratedGradients(hoisting).explain(jobs), IntegratedGradients(general).explain(jobs)):
+    for one, other in zip(AttributionEngine(hoisting).explain(jobs), AttributionEngine(general).explain(jobs)):
         assert relative_distance(one.attributions, other.attributions) <= 1e-5
 
 
 def test_contrast_is_the_difference_of_two_attributions(served_module):
     image = scene_pixels(2)
     baseline = torch.zeros_like(image)
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     both, one, other = engine.explain(
         [Job(image, baseline, 3, 10, contrast=5), Job(image, baseline, 3, 10), Job(image, baseline, 5, 10)]
     )
@@ -117,7 +118,7 @@ def test_contrast_is_the_difference_of_two_attributions(served_module):
 
 
 def test_chunks_never_exceed_max_rows_and_share_rows_of_unlike_jobs(served_module):
-    engine = IntegratedGradients(served_module, max_rows=8)
+    engine = AttributionEngine(served_module, max_rows=8)
     sizes = []
     gradients = engine.passes.gradients
     engine.passes.gradients = lambda rows, count, *rest: sizes.append(count) or gradients(rows, count, *rest)
@@ -132,7 +133,7 @@ def test_cancelled_job_gives_none_and_leaves_its_neighbours_alone(served_module)
     kept = Job(image, torch.zeros_like(image), 0, 10)
     polls = iter([False, True])
     cancelled = Job(image, torch.zeros_like(image), 1, 500, is_cancelled=lambda: next(polls, True))
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     first, second = engine.explain([kept, cancelled])
     assert second is None
     assert relative_distance(first.attributions, engine.explain([kept])[0].attributions) <= 1e-5
@@ -141,7 +142,7 @@ def test_cancelled_job_gives_none_and_leaves_its_neighbours_alone(served_module)
 def test_given_logits_serve_as_the_output_at_the_image(served_module):
     image = scene_pixels(0)
     logits = served_module(image[None])[0][0]
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     computed, given = engine.explain(
         [Job(image, torch.zeros_like(image), 4, 5), Job(image, torch.zeros_like(image), 4, 5, image_logits=logits)]
     )
@@ -162,7 +163,7 @@ def test_quadrature_is_captums(method):
 @pytest.mark.parametrize("tolerance", [0.1, pytest.param(0.03, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("points", [False, True], ids=["mean gradients", "points"])
 def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, points):
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     engine.network.has_mean_slopes = not points
     for index in range(3):
         image = scene_pixels(index)
@@ -181,13 +182,13 @@ def test_tolerance_stops_at_n_steps_and_says_what_it_reached(served_module):
     image = scene_pixels(0)
     job = Job(image, torch.zeros_like(image), 4, 12, tolerance=0.001)
     for n_steps in (3, 12):
-        (found,) = IntegratedGradients(served_module).explain([replace(job, n_steps=n_steps)])
+        (found,) = AttributionEngine(served_module).explain([replace(job, n_steps=n_steps)])
         assert n_steps - 2 <= found.n_steps <= n_steps
         assert found.error_estimate > 0.001
 
 
 def test_images_of_one_batch_stop_on_their_own(served_module):
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     images = [scene_pixels(index) for index in range(3)]
     jobs = [
         Job(images[0], torch.zeros_like(images[0]), 4, 40, tolerance=0.3),
@@ -204,7 +205,7 @@ def test_images_of_one_batch_stop_on_their_own(served_module):
 
 def test_one_noise_sample_of_zero_deviation_is_plain(served_module):
     image = scene_pixels(0)
-    plain, smooth = IntegratedGradients(served_module).explain(
+    plain, smooth = AttributionEngine(served_module).explain(
         [Job(image, torch.zeros_like(image), 4, 5), Job(image, torch.zeros_like(image), 4, 5, nt_samples=1, stdevs=0.0)]
     )
     torch.testing.assert_close(smooth.attributions, plain.attributions)
@@ -213,7 +214,7 @@ def test_one_noise_sample_of_zero_deviation_is_plain(served_module):
 def test_noise_samples_are_seeded_and_averaged(served_module):
     image = scene_pixels(0)
     baseline = torch.zeros_like(image)
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     (smooth,) = engine.explain([Job(image, baseline, 4, 5, nt_samples=3, stdevs=0.2, seed=7)])
     generator = torch.Generator().manual_seed(7)
     noisy = [image + 0.2 * torch.randn(image.shape, generator=generator) for _ in range(3)]
@@ -241,7 +242,7 @@ def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
     image = scene_pixels(0)
     # At zeros the layer norms of a vision transformer make the integrand singular: there, from another image.
     baseline = scene_pixels(1) if architecture == "vit_b_16" else torch.zeros_like(image)
-    few, many = IntegratedGradients(served).explain([Job(image, baseline, 3, n, "riemann_middle") for n in (2, 64)])
+    few, many = AttributionEngine(served).explain([Job(image, baseline, 3, n, "riemann_middle") for n in (2, 64)])
     with torch.no_grad():
         change = (model(image[None]) - model(baseline[None]))[0, 3].abs()
     assert many.convergence_delta.abs() <= 0.05 * change

@@ -8,10 +8,11 @@ import captum.attr
 import numpy as np
 import pytest
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from conftest import relative_distance, scene_pixels, untrained
+from error_law import ErrorLaw
 from path_density import CalibrationError, PathDensity
-from path_rules import ErrorLaw
 
 from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
 from tools.export import Preprocessing, build_served
@@ -34,7 +35,7 @@ def demo_density():
 
 @pytest.fixture(scope="module")
 def engine(served_module, demo_density):
-    return IntegratedGradients(served_module, density=demo_density)
+    return AttributionEngine(served_module, density=demo_density)
 
 
 def job(engine, index, n_steps, **options):
@@ -92,7 +93,7 @@ def test_mean_gradients_account_for_the_whole_change_of_the_output(engine, optio
 
 
 def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
-    large, small = (IntegratedGradients(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
+    large, small = (AttributionEngine(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
     jobs = [job(large, 0, 7), job(large, 1, 5, probability=True), job(large, 2, 1)]
     point_jobs = [Job(one.image, one.baseline, one.target, n) for one, n in zip(jobs, (3, 8, 2))]
     mixed = [each for pair in zip(jobs, point_jobs) for each in pair]
@@ -104,7 +105,7 @@ def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
 
 
 def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
-    engine = IntegratedGradients(served_module, max_rows=9, density=demo_density)
+    engine = AttributionEngine(served_module, max_rows=9, density=demo_density)
     # The 14 ends of 13 stretches take two passes, the second of which begins with the last end of the first.
     engine.explain([job(engine, index, 13) for index in range(3)])
     assert engine.rows_passed == 3 * 15
@@ -116,11 +117,11 @@ def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_den
 
 def test_a_mean_gradient_needs_two_rows_a_pass(served_module, demo_density):
     with pytest.raises(ValueError, match="at least two rows"):
-        IntegratedGradients(served_module, max_rows=1, density=demo_density).explain([job_of_one(served_module)])
+        AttributionEngine(served_module, max_rows=1, density=demo_density).explain([job_of_one(served_module)])
 
 
 def job_of_one(module):
-    return job(IntegratedGradients(module), 0, 3)
+    return job(AttributionEngine(module), 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def job_of_one(module):
 def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mean_slopes):
     module = torch.jit.script(build_served(untrained(architecture, 5)))
     assert hasattr(module, "mean_slope_tail") == has_mean_slopes
-    engine = IntegratedGradients(module.double(), density=flat_density())
+    engine = AttributionEngine(module.double(), density=flat_density())
     image = scene_pixels(0).double()
     one = Job(image, torch.zeros_like(image), 2, 6, "calibrated")
     (found,) = engine.explain([one])

@@ -5,9 +5,9 @@ import copy
 import captum.attr
 import pytest
 import torch
-from attribution_engine import IntegratedGradients
 from captum.metrics import infidelity, sensitivity_max
 from captum.testing.helpers import basic_models as toys
+from captum_drop_in import IntegratedGradients
 
 torch.manual_seed(0)
 LINEAR_INPUT = torch.randn(4, 3)
@@ -66,8 +66,8 @@ def test_which_calls_are_accelerated():
     accelerated = []
     for name, (model, inputs, options) in CASES.items():
         engine = IntegratedGradients(model)
-        explain = engine.explain
-        engine.explain = lambda *args, explain=explain, name=name, **kwargs: (
+        explain = engine.engine.explain
+        engine.engine.explain = lambda *args, explain=explain, name=name, **kwargs: (
             accelerated.append(name) or explain(*args, **kwargs)
         )
         engine.attribute(inputs, **options)

@@ -2,10 +2,12 @@
 
 import attribution_engine
 import pytest
+import row_scheduler
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from conftest import scene_pixels, untrained
-from pass_clock import PassClock
+from pass_clock import Pass, PassClock
 
 from tools.export import build_served
 
@@ -17,6 +19,10 @@ class FakeTime:
         self.now, self.seconds_per_row, self.chunks = 100.0, seconds_per_row, []
         self._gradients = engine.passes.gradients
         engine.passes.gradients = self.gradients
+
+    def rule(self, monkeypatch):
+        for module in (attribution_engine, row_scheduler):
+            monkeypatch.setattr(module, "time", self)
 
     def monotonic(self):
         return self.now
@@ -30,11 +36,11 @@ class FakeTime:
 @pytest.fixture
 def fake_time(engine, monkeypatch):
     fake = FakeTime(engine)
-    monkeypatch.setattr(attribution_engine, "time", fake)
+    fake.rule(monkeypatch)
     # What a running server knows of its passes.
     for rows in (2, 8):
-        for clock in engine._clocks.values():
-            clock.record(rows, rows * fake.seconds_per_row)
+        for paired in (False, True):
+            engine.clock.record([Pass(rows, paired)], rows * fake.seconds_per_row)
     return fake
 
 
@@ -121,8 +127,8 @@ def test_noise_samples_of_an_answered_job_are_not_answered_for_again(engine, fak
 
 def test_a_far_deadline_does_not_go_before_others(engine, fake_time):
     fake_time.seconds_per_row = 0.05
-    for clock in engine._clocks.values():
-        clock.record(8, 8 * fake_time.seconds_per_row)
+    for paired in (False, True):
+        engine.clock.record([Pass(8, paired)], 8 * fake_time.seconds_per_row)
     far, near, short = job(fake_time, 5000), job(fake_time, 1000, 1), job(fake_time, None, 2, n_steps=12)
     names = {id(far): "far", id(near): "near", id(short): "short"}
     order = [names[id(done)] for done, _ in engine.explain_as_done([far, near, short])]
@@ -130,11 +136,11 @@ def test_a_far_deadline_does_not_go_before_others(engine, fake_time):
 
 
 def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
-    engine = IntegratedGradients(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5))))
+    engine = AttributionEngine(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5))))
     assert not engine.network.has_mean_slopes
     fake_time = FakeTime(engine)
-    monkeypatch.setattr(attribution_engine, "time", fake_time)
-    engine._clocks[False].record(8, 0.08)
+    fake_time.rule(monkeypatch)
+    engine.clock.record([Pass(8, False)], 0.08)
     found = []
     for milliseconds in (10, 150, 400):
         one = job(fake_time, milliseconds)
@@ -146,18 +152,35 @@ def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
 
 def test_clock_knows_passes_between_and_beyond_those_it_saw():
     clock = PassClock()
-    assert clock.rows_within(1.0, 8) is None
-    clock.record(4, 0.4)
-    assert clock.estimate(8) == pytest.approx(0.8)
-    clock.record(8, 0.6)
-    assert clock.estimate(6) == pytest.approx(0.5)
-    assert clock.estimate(1) == 0.4
-    assert clock.rows_within(1.3, 8) == 16
-    assert clock.rows_within(1.75, 8) == 16 + 7
-    assert clock.rows_within(0.3, 8) == clock.rows_within(-1, 8) == 0
+    assert clock.rows_within(1.0, 8, False) is None
+    assert clock.seconds(100) == 0
+    clock.record([Pass(4, False)], 0.4)
+    assert clock.estimate(8, False) == pytest.approx(0.8)
+    clock.record([Pass(8, False)], 0.6)
+    assert clock.estimate(6, False) == pytest.approx(0.5)
+    assert clock.estimate(1, False) == 0.4
+    assert clock.rows_within(1.3, 8, False) == 16
+    assert clock.rows_within(1.75, 8, False) == 16 + 7
+    assert clock.rows_within(0.3, 8, False) == clock.rows_within(-1, 8, False) == 0
+    assert clock.rows_within(1.0, 8, True) is None  # paired rows take longer, and none was seen
+    assert clock.seconds(80) == pytest.approx(6.0)
     for _ in range(20):
-        clock.record(8, 1.2)
-    assert clock.estimate(8) == pytest.approx(1.2, rel=0.01)
+        clock.record([Pass(8, False)], 1.2)
+    assert clock.estimate(8, False) == pytest.approx(1.2, rel=0.01)
+
+
+def test_clock_shares_out_passes_that_were_timed_together():
+    clock = PassClock()
+    clock.record([Pass(2, False), Pass(6, False)], 0.8)  # nothing is known: by their rows
+    assert clock.estimate(2, False) == pytest.approx(0.2)
+    assert clock.estimate(6, False) == pytest.approx(0.6)
+    for _ in range(30):
+        clock.record([Pass(2, False), Pass(2, False)], 0.8)
+    assert clock.estimate(2, False) == pytest.approx(0.4, rel=0.01)
+    for _ in range(30):
+        clock.record([Pass(2, False), Pass(6, False)], 2.0)  # by what is known of each: 0.4 to 0.6
+    assert clock.estimate(2, False) == pytest.approx(0.8, rel=0.01)
+    assert clock.estimate(6, False) == pytest.approx(1.2, rel=0.01)
 
 
 @pytest.mark.parametrize("count", [3, 8])

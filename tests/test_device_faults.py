@@ -7,7 +7,7 @@ import queue
 
 import pytest
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import AttributionEngine
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker
 
@@ -65,8 +65,8 @@ def test_no_memory_for_a_single_row_fails_what_is_under_way_alone(engine):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")
 def test_passes_that_cannot_be_captured_run_one_by_one_and_say_so_once(served_module, caplog):
-    engine = IntegratedGradients(served_module, capture=True)
-    (expected,) = IntegratedGradients(served_module).explain([small_job(20)])
+    engine = AttributionEngine(served_module, capture=True)
+    (expected,) = AttributionEngine(served_module).explain([small_job(20)])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             (found,) = engine.explain([small_job(20)])

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from attribution_engine import ASK_ALL_SECONDS, Explanation
+from attribution_job import Explanation
 from conftest import relative_distance, small_job
-from gradient_worker import GradientWorker, OverloadedError
+from gradient_worker import GradientWorker
+from row_scheduler import CANCELLATION_CHECK_SECONDS, Admission, OverloadedError
 
 
 @contextmanager
 def working(engine, max_wait_seconds=60.0, max_waiting=100):
-    worker = GradientWorker(engine, torch.device("cpu"), max_wait_seconds, max_waiting)
+    worker = GradientWorker(engine, torch.device("cpu"), Admission(max_wait_seconds, max_waiting))
     try:
         yield worker
     finally:
@@ -121,7 +122,7 @@ def test_of_many_that_wait_few_are_asked_before_each_pass_whether_they_still_do(
     )
     next(done)
     assert 1 <= len(asked) <= 20
-    now[0] += ASK_ALL_SECONDS
+    now[0] += CANCELLATION_CHECK_SECONDS
     next(done)
     assert len(asked) == 60
 
@@ -137,4 +138,4 @@ def test_a_failing_pass_fails_the_jobs_under_way_and_no_later_one(engine):
         found = [done.get(timeout=30) for _ in range(3)]
     assert [number for number, _ in found] == [0, 1, 0]
     assert [type(result) for _, result in found] == [ArithmeticError, ArithmeticError, Explanation]
-    assert engine.rows_before(small_job(4)) == 0
+    assert engine.seconds_before(small_job(4)) == 0

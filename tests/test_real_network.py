@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from conftest import encode, relative_distance
 from path_density import PathDensity
 from PIL import Image
@@ -126,7 +127,7 @@ def test_mean_gradients_are_complete_and_a_batch_changes_nothing(engine, photogr
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_a_tolerance_is_kept_with_and_without_a_calibration(engine, photographs, calibrated):
     pixels = photographs[1][1]
-    judged = engine if calibrated else IntegratedGradients(engine.network, max_rows=engine.max_rows)
+    judged = engine if calibrated else AttributionEngine(engine.network, max_rows=engine.max_rows)
     job = Job(pixels, torch.zeros_like(pixels), 967, 300, tolerance=0.1)
     exact = Job(pixels, torch.zeros_like(pixels), 967, 160, "calibrated")  # off by less than 0.01
     (found,), (integral,) = judged.explain([job]), engine.explain([exact])

@@ -6,12 +6,13 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from conftest import relative_distance, scene_pixels
-from stream_levels import MOST_NODES, Attribution, Level, Sharpening, plan_stream
+from stream_levels import MOST_NODES, LevelAccumulator, LevelAnswer, PlannedLevel, plan_stream
 
 
-def nodes_of(level: Level) -> list[int]:
+def nodes_of(level: PlannedLevel) -> list[int]:
     """The numbers of the nodes that a level's requests take."""
     nodes = []
     for sent in level.requests:
@@ -79,9 +80,9 @@ def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
     assert list(whole.requests) == [{"n_steps": 20, **parameters}]
 
 
-def answer_to(engine: IntegratedGradients, image: torch.Tensor, **options) -> Attribution:
+def answer_to(engine: AttributionEngine, image: torch.Tensor, **options) -> LevelAnswer:
     (found,) = engine.explain([Job(image, torch.zeros_like(image), 4, **options)])
-    return Attribution(
+    return LevelAnswer(
         found.attributions[None].numpy(),
         np.array([[found.convergence_delta.item()]]),
         np.array([[found.n_steps]]),
@@ -92,13 +93,13 @@ def answer_to(engine: IntegratedGradients, image: torch.Tensor, **options) -> At
 
 @pytest.mark.parametrize("method", ["gausslegendre", "riemann_trapezoid"])
 def test_levels_sharpen_into_the_whole(served_module, method):
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     image = scene_pixels(0)
     asked = {"n_steps": 16, "method": method}
     whole = answer_to(engine, image, **asked)
     integral = answer_to(engine, image, n_steps=128, method="riemann_middle")
     levels = plan_stream(asked).levels
-    sharpening = Sharpening()
+    sharpening = LevelAccumulator()
     assert len(levels) == 2
     for level in levels:
         answers = [answer_to(engine, image, **sent) for sent in level.requests]
@@ -114,9 +115,9 @@ def test_levels_sharpen_into_the_whole(served_module, method):
 def test_steps_of_whole_answers_add_up():
     def answer(value, steps):
         maps = np.full((1, 3, 2, 2), value)
-        return Attribution(maps, np.zeros((1, 1)), np.array([[steps]]), np.array([[0.1]]), np.ones((1, 1)))
+        return LevelAnswer(maps, np.zeros((1, 1)), np.array([[steps]]), np.array([[0.1]]), np.ones((1, 1)))
 
-    sharpening, level = Sharpening(), Level([{}], False)
+    sharpening, level = LevelAccumulator(), PlannedLevel([{}], False)
     sharpening.take([answer(1.0, 3)], level, False)
     last = sharpening.take([answer(2.0, 8)], level, True)
     assert last.n_steps[0, 0] == 11
@@ -125,7 +126,7 @@ def test_steps_of_whole_answers_add_up():
 
 @pytest.mark.parametrize("method", ["gausslegendre", "riemann_left", "riemann_trapezoid"])
 def test_parts_add_up_to_the_attribution(served_module, method):
-    engine = IntegratedGradients(served_module)
+    engine = AttributionEngine(served_module)
     image = scene_pixels(2)
     options = {"n_steps": 9, "method": method, "nt_samples": 2, "stdevs": 0.1}
     whole = answer_to(engine, image, **options)

@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from engine_loading import build_engine
+from error_law import ErrorLaw
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
 from path_density import FILE_NAME, PathDensity
-from path_rules import PILOT_SHARE, ErrorLaw
+from richardson_rule import COARSE_SHARE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,7 +53,7 @@ LAW_FROM = 4
 SCALE_PERCENTILE, MARGIN_PERCENTILE = 90, 95
 
 
-def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int = INTERVALS) -> dict[str, Tensor]:
+def gradient_change(engine: AttributionEngine, image: Tensor, intervals: int = INTERVALS) -> dict[str, Tensor]:
     """For each output, the changes of the integrand from one of ``intervals`` + 1 even points to the next.
 
     Args:
@@ -79,7 +81,7 @@ def gradient_change(engine: IntegratedGradients, image: Tensor, intervals: int =
     }
 
 
-def attributions(engine: IntegratedGradients, image: Tensor, output: str, steps: Sequence[int]) -> list[Tensor]:
+def attributions(engine: AttributionEngine, image: Tensor, output: str, steps: Sequence[int]) -> list[Tensor]:
     """Of the predicted class, with so many steps by the engine's density each."""
     with torch.no_grad():
         target = int(engine.network(image[None]).argmax())
@@ -94,7 +96,7 @@ def with_exponent(changes: dict[str, Tensor], exponent: float) -> PathDensity:
 
 
 def fit_output(
-    engine: IntegratedGradients, images: Sequence[Tensor], changes: dict[str, Tensor], output: str
+    engine: AttributionEngine, images: Sequence[Tensor], changes: dict[str, Tensor], output: str
 ) -> tuple[float, ErrorLaw]:
     """The power of the rate of change that makes the smallest errors, and how errors fall then. Changes the engine.
 
@@ -116,9 +118,9 @@ def fit_output(
         errors.append([((each - reference).norm() / reference.norm()).item() for each in found.values()])
         differences.append(
             {
-                count: ((each - found[round(PILOT_SHARE * count)]).norm() / reference.norm()).item()
+                count: ((each - found[round(COARSE_SHARE * count)]).norm() / reference.norm()).item()
                 for count, each in found.items()
-                if round(PILOT_SHARE * count) in found
+                if round(COARSE_SHARE * count) in found
             }
         )
     return exponent, fit_law(np.array(errors), differences)
@@ -137,7 +139,7 @@ def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw
     scale = np.percentile(errors[:, fitted] * counts[fitted] ** -slope, SCALE_PERCENTILE)
     law = ErrorLaw(float(scale), float(-slope), 1.0)
     stands_for = [
-        errors[image, LAW_STEPS.index(count)] / (law.share(round(PILOT_SHARE * count), count) * difference)
+        errors[image, LAW_STEPS.index(count)] / (law.share(round(COARSE_SHARE * count), count) * difference)
         for image, by_count in enumerate(differences)
         for count, difference in by_count.items()
     ]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import AttributionEngine
 from torch import Tensor
 
 EXPLAINED_OUTPUTS = ("logit", "probability")
 
 
-def integrands(engine: IntegratedGradients, image: Tensor, target: int, nodes: Tensor) -> Iterator[dict[str, Tensor]]:
+def integrands(engine: AttributionEngine, image: Tensor, target: int, nodes: Tensor) -> Iterator[dict[str, Tensor]]:
     """What Integrated Gradients from the zero baseline integrates, at ``nodes`` [n] of the path, chunk by chunk.
 
     Args:
@@ -34,7 +34,7 @@ def integrands(engine: IntegratedGradients, image: Tensor, target: int, nodes: T
 
 
 @torch.no_grad()
-def integrate(engine: IntegratedGradients, image: Tensor, target: int, points: int) -> dict[str, Tensor]:
+def integrate(engine: AttributionEngine, image: Tensor, target: int, points: int) -> dict[str, Tensor]:
     """The integral for each output by a midpoint rule of ``points`` points, added up in float64: [3, height, width]."""
     nodes = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     totals: dict[str, Tensor] = {}
@@ -48,7 +48,7 @@ def integrate(engine: IntegratedGradients, image: Tensor, target: int, points: i
 
 
 def _feature_gradients(
-    engine: IntegratedGradients, image: Tensor, target: int, nodes: Tensor
+    engine: AttributionEngine, image: Tensor, target: int, nodes: Tensor
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients behind the stem, in the network's own precision; both outputs share a forward pass."""
     network = engine.network
@@ -64,7 +64,7 @@ def _feature_gradients(
 
 
 def load_or_integrate(
-    file: Path, engine: IntegratedGradients, image: Tensor, target: int, points: int
+    file: Path, engine: AttributionEngine, image: Tensor, target: int, points: int
 ) -> dict[str, Tensor]:
     """``integrate``, kept in a file (.npz), whose name tells networks, points and images apart."""
     if not file.is_file():

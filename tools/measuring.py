@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import AttributionEngine
 from engine_loading import build_engine
 from path_density import FILE_NAME, PathDensity
 from torch import Tensor
@@ -37,9 +37,7 @@ def load_manifest(network: str = "shapes") -> dict[str, Any]:
     return read_manifest(repository_with(network))
 
 
-def load_engine(
-    device: torch.device, precision: str, max_rows: int = 0, network: str = "shapes"
-) -> IntegratedGradients:
+def load_engine(device: torch.device, precision: str, max_rows: int = 0, network: str = "shapes") -> AttributionEngine:
     """The engine as `integrated_gradients` loads it, with the network's calibration."""
     file, manifest = model_file(network), load_manifest(network)
     density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])

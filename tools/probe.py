@@ -28,9 +28,8 @@ CHAINS = {
     "explain": ("preprocess", "classifier", "integrated_gradients", "heatmap"),
     "classify": ("preprocess", "classifier"),
 }
-# How `explain` answers when it has too much to do, and `explain_stream` then, and to what is no image.
-OVERLOADED = "is overloaded"
-STREAM_ANSWERS = ("IMAGE ", "the most streams ")
+# The codes with which a server with too much to do answers, and `explain_stream` to what is no image.
+OVERLOADED, INVALID = "[overloaded] ", "[invalid] "
 # What counts as going on, beside answers: Triton counts those of `preprocess` by the batch, and of
 # `integrated_gradients` before they are there.
 DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
@@ -80,7 +79,7 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
     headers = {"Inference-Header-Content-Length": str(len(header))}
     status, body = _ask(host, port, seconds, "POST", f"/v2/models/{model}/infer", header + image, headers)
     if status == 503 and OVERLOADED.encode() in body:
-        raise OverloadedError(f"{model} {OVERLOADED}")
+        raise OverloadedError(f"{model} is overloaded")
     if status != 200:
         raise ProbeError(f"{model} answers {status}: {body[:300].decode(errors='replace')}")
 
@@ -121,7 +120,7 @@ def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
     request = json.dumps({"IMAGE": "no image"}).encode()
     _, answer = _ask(host, port, seconds, "POST", "/v2/models/explain_stream/generate_stream", request)
     body = answer.decode(errors="replace")
-    if not any(beginning in body for beginning in STREAM_ANSWERS):
+    if INVALID not in body and OVERLOADED not in body:
         raise ProbeError(f"explain_stream answers {body[:300]}")
 
 

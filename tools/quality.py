@@ -28,7 +28,8 @@ from typing import Any
 
 import path_rules
 import torch
-from attribution_engine import Explanation, IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Explanation, Job
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,13 +101,16 @@ class HeldOut:
     def __init__(self, network: str, device: torch.device, reference_steps: int, folder: Path, rules: Rules) -> None:
         self.network, self.device, self.reference_steps, self.rules = network, device, reference_steps, rules
         self.engine = load_engine(device, "ieee", network=network)
-        self.uncalibrated = IntegratedGradients(self.engine.network, max_rows=self.engine.max_rows)
+        self.uncalibrated = AttributionEngine(self.engine.network, max_rows=self.engine.max_rows)
         density, manifest = self.engine.density, load_manifest(network)
         self.preprocessing = Preprocessing(**manifest["preprocessing"])
         # Integrals are the network's; errors also depend on what places nodes and weighs them.
         self.folder = folder / manifest["weights_sha256"][:12]
         code = Path(path_rules.__file__).parent
-        files = [code / f"{name}.py" for name in ("path_rules", "path_quadrature", "path_density")]
+        files = [
+            code / f"{name}.py"
+            for name in ("path_rules", "richardson_rule", "error_law", "path_quadrature", "path_density")
+        ]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         digest.update(json.dumps({name: values.tolist() for name, values in density.density.items()}).encode())
         digest.update(repr((density.law, rules)).encode() + Path(photographs.__file__).read_bytes())

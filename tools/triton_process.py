@@ -78,7 +78,7 @@ class TritonProcess:
         """Remove what a server that was killed has left."""
         left = [*SHARED_MEMORY.glob(f"{self.region_prefix}*")]
         if self.process is not None:
-            left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice")
+            left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.breaker")
         for region in left:
             region.unlink(missing_ok=True)
 

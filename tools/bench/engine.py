@@ -28,7 +28,8 @@ from typing import Any
 
 import captum.attr
 import torch
-from attribution_engine import IntegratedGradients, Job
+from attribution_engine import AttributionEngine
+from attribution_job import Job
 from classifier_network import Rows
 from engine_loading import PRECISIONS, allow_tf32
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -297,7 +298,7 @@ def compare_precisions(
     precisions = PRECISIONS if device.type == "cuda" else ("ieee",)
     contestants = {precision: Contestants(device, precision, n_images) for precision in precisions}
     exact = torch.jit.load(str(model_file()), map_location=device).eval().double()
-    exact = IntegratedGradients(exact, max_rows=min(32, contestants["ieee"].engine.max_rows))
+    exact = AttributionEngine(exact, max_rows=min(32, contestants["ieee"].engine.max_rows))
     distances: dict[str, list[float]] = {name: [] for name in ("quadrature", *precisions)}
     for index, target in enumerate(contestants["ieee"].targets.tolist()):
         image = contestants["ieee"].images[index]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attribution_engine import Job
+from attribution_job import Job
 from captum.attr import KernelShap, Lime
 from skimage.segmentation import slic
 from torch import Tensor

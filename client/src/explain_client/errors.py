@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tritonclient.utils import InferenceServerException
 
 
@@ -18,7 +20,7 @@ class ExplainError(Exception):
 
 
 class RefusedError(ExplainError):
-    """The request is not one that the server takes; sent again it will be refused again."""
+    """The server rejected the request; retrying will not help."""
 
 
 class UnavailableError(ExplainError):
@@ -44,19 +46,23 @@ def from_triton(error: InferenceServerException) -> ExplainError:
     return _BY_STATUS.get(status, ExplainError)(error.message() or str(error), status)
 
 
-# How messages begin with which a stream ends. They come without a status: with the header that asks for one, Triton
-# 2.51 now and then crashes.
-_STREAM_BEGINNINGS = {
-    "INVALID_ARGUMENT": ("parameter ", "unknown parameter ", "IMAGE ", "TARGET "),
-    "UNAVAILABLE": ("the request's timeout ", "the most streams ", "integrated_gradients is overloaded"),
+# The server's messages begin with a code in brackets, for example "[invalid] ...". A stream's error comes without a
+# status: with the header that asks for one, Triton 2.51 now and then crashes. Its code says what it is.
+STATUS_BY_CODE = {
+    "invalid": "INVALID_ARGUMENT",
+    "overloaded": "UNAVAILABLE",
+    "late": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "failed": "INTERNAL",
 }
+_CODE = re.compile(r"\[([a-z]+)\] ")
 
 
 def from_stream(error: InferenceServerException) -> ExplainError:
     """The exception for the error that ended a stream."""
     message = error.message() or str(error)
-    if error.status() is None:
-        for status, beginnings in _STREAM_BEGINNINGS.items():
-            if message.startswith(beginnings):
-                return _BY_STATUS[status](message, status)
+    code = _CODE.match(message)
+    if error.status() is None and code and code[1] in STATUS_BY_CODE:
+        status = STATUS_BY_CODE[code[1]]
+        return _BY_STATUS.get(status, ExplainError)(message, status)
     return from_triton(error)

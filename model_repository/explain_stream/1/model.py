@@ -9,25 +9,32 @@ from __future__ import annotations  # the types of pb_utils are not there yet wh
 import json
 import math
 import os
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from stream_levels import LEAST_DEADLINE_MS, Attribution, Sharpening, plan_stream
+
+# What all models of this repository share lies there.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
+
+from error_codes import code_of, triton_error, with_status
+from metric_families import metric_family
+from stream_levels import LevelAccumulator, LevelAnswer, plan_stream
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
 
 # The contract has some twenty parameters; each part of a stream is asked for with all of them.
 MOST_PARAMETERS = 64
-# How the messages begin with which the other models refuse a request, and with which they say that they cannot now.
-REFUSALS = ("parameter ", "unknown parameter ", "IMAGE ", "TARGET ", "PIXELS ", "LOGITS ", "RELEVANCE ")
-UNAVAILABLE = ("the request's timeout ", "Request timeout expired", "integrated_gradients is overloaded")
+# The shortest deadline that `integrated_gradients` takes.
+LEAST_DEADLINE_MS = 1.0
 
 
 class StreamError(Exception):
@@ -71,10 +78,12 @@ class _Stream:
             StreamError: the stream was cancelled, or its timeout is over.
         """
         if self.sender.is_cancelled():
-            raise StreamError(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
+            raise StreamError(triton_error("cancelled", "the request was cancelled"))
         if self.timeout_left() <= 0:
-            message = f"the request's timeout of {self.timeout_seconds:g} s is over"
-            raise StreamError(pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+            raise StreamError(self.timeout_error())
+
+    def timeout_error(self) -> pb_utils.TritonError:
+        return triton_error("late", f"the request's timeout of {self.timeout_seconds:g} s is over")
 
     def timeout_left(self) -> float:
         """Seconds until nobody waits for it; infinite without a timeout."""
@@ -98,7 +107,8 @@ class TritonPythonModel:
         self.predictions = ThreadPoolExecutor(predicting, "prediction")
         self.refinements = ThreadPoolExecutor(refining, "refinement")
         self.under_way, self.lock = 0, threading.Lock()
-        self.family = _counters()
+        description = "Streams by outcome: explained, invalid, overloaded, late, cancelled, failed"
+        self.family = metric_family("explain_stream_streams_total", description)
         self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.metrics, self.metrics_lock = {}, threading.Lock()
 
@@ -116,7 +126,7 @@ class TritonPythonModel:
                 self.under_way += is_taken
             if not is_taken:
                 message = f"the most streams that this server takes, {self.max_streams}, are under way"
-                _refuse(sender, pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+                _refuse(sender, triton_error("overloaded", message))
                 self._count("overloaded")
                 continue
             try:
@@ -146,7 +156,7 @@ class TritonPythonModel:
         outcome = "explained"
         if failure is not None:
             error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
-            outcome = _outcome(error)
+            outcome = code_of(error.message()) or "failed"
             _refuse(sender, error)
         self._count(outcome)
 
@@ -170,7 +180,7 @@ class TritonPythonModel:
             {"PROBABILITIES": probabilities, "EXPLAINED_CLASS": target},
             not stream.wanted.intersection(ATTRIBUTION_OUTPUTS),
         )
-        sharpening = Sharpening()
+        so_far = LevelAccumulator()
         levels = stream.plan.levels
         for level in levels:
             answers = []
@@ -181,9 +191,9 @@ class TritonPythonModel:
                 found = self._ask(
                     stream, "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, stream.with_time_left(parameters)
                 )
-                answers.append(Attribution(*(found[name] for name in ATTRIBUTION_ANSWERS)))
+                answers.append(LevelAnswer(*(found[name] for name in ATTRIBUTION_ANSWERS)))
             is_last = level is levels[-1] or stream.deadline_left_ms() <= 0
-            yield self._outputs(stream, pixels, sharpening.take(answers, level, is_last)), is_last
+            yield self._outputs(stream, pixels, so_far.take(answers, level, is_last)), is_last
 
     def _predict(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [n, 3, height, width], logits and probabilities [n, classes], and explained classes [n, 1]."""
@@ -198,7 +208,7 @@ class TritonPythonModel:
         target = np.where(stream.target == -1, logits.argmax(axis=1)[:, None], stream.target)
         return pixels, logits, found["OUTPUT__1"], target
 
-    def _outputs(self, stream: _Stream, pixels: np.ndarray, found: Attribution) -> dict[str, np.ndarray]:
+    def _outputs(self, stream: _Stream, pixels: np.ndarray, found: LevelAnswer) -> dict[str, np.ndarray]:
         saliency = found.attributions.sum(axis=1)
         outputs = {
             "ATTRIBUTIONS": found.attributions,
@@ -234,56 +244,28 @@ class TritonPythonModel:
         )
         response = request.exec()
         if response.has_error():
-            raise StreamError(_with_code(response.error()))
+            raise StreamError(_with_status(response.error(), stream))
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
-def _counters() -> pb_utils.MetricFamily | None:
-    """The counters of streams by outcome; none from a server without metrics."""
-    try:
-        return pb_utils.MetricFamily(
-            name="explain_stream_streams_total",
-            description="Streams by outcome: explained, invalid, overloaded, late, cancelled, failed",
-            kind=pb_utils.MetricFamily.COUNTER,
-        )
-    except pb_utils.TritonModelException as error:
-        pb_utils.Logger.log_warn(f"no metrics: {error}")
-        return None
-
-
-def _with_code(error: pb_utils.TritonError) -> pb_utils.TritonError:
-    """Another model's error with its own code, which Triton 2.51 leaves behind on the way: there all are INTERNAL."""
+def _with_status(error: pb_utils.TritonError, stream: _Stream) -> pb_utils.TritonError:
+    """Another model's error with its own status, which Triton 2.51 makes INTERNAL on the way."""
     if error.code() != pb_utils.TritonError.INTERNAL:
         return error
-    for beginnings, code in (
-        (REFUSALS, pb_utils.TritonError.INVALID_ARG),
-        (UNAVAILABLE, pb_utils.TritonError.UNAVAILABLE),
-    ):
-        if error.message().startswith(beginnings):
-            return pb_utils.TritonError(error.message(), code)
-    return error
-
-
-def _outcome(error: pb_utils.TritonError) -> str:
-    """What the metrics call it."""
-    if error.message().startswith("the request's timeout "):
-        return "late"
-    names = {
-        pb_utils.TritonError.INVALID_ARG: "invalid",
-        pb_utils.TritonError.UNAVAILABLE: "overloaded",
-        pb_utils.TritonError.CANCELLED: "cancelled",
-    }
-    return names.get(error.code(), "failed")
+    code = code_of(error.message())
+    if code is not None:
+        return with_status(code, error.message())
+    return stream.timeout_error() if stream.timeout_left() <= 0 else error  # Triton's own message has no code
 
 
 def _refusal(message: str) -> StreamError:
-    return StreamError(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+    return StreamError(triton_error("invalid", message))
 
 
 def _internal_error(failure: Exception) -> pb_utils.TritonError:
     """The answer to an error of this model's own, which is logged; call it where that is handled."""
     pb_utils.Logger.log_error(f"explain_stream failed: {traceback.format_exc()}")
-    return pb_utils.TritonError(f"explain_stream failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
+    return triton_error("failed", f"explain_stream failed: {failure!r:.200}")
 
 
 def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> None:

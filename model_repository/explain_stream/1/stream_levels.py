@@ -1,42 +1,38 @@
-"""How an explanation is cut into levels, each of which asks for the gradients that the ones before left out.
+"""How an explanation is cut into levels, each of which asks for the gradients that the levels before left out.
 
-A rule of known nodes comes in interleaved parts: every eighth node, then those halfway between, and so on. The parts so
-far, divided by the sum of their weights, approximate the attribution; all of them add up to it. A request that finds
-its steps by itself (a tolerance, a deadline, the method ``calibrated``) has no such parts; a rough one goes before it.
+A rule with known nodes comes in interleaved parts: every eighth node, then those halfway between, and so on. The parts
+so far, divided by the sum of their weights, approximate the attribution. All of them add up to it. A tolerance, a
+deadline and the method ``calibrated`` have no such parts; a coarse request goes before them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from attribution_parameters import AttributionParameters, read_parameters
 
 # The fewest nodes of a part that says something about the whole path.
 LEAST_NODES = 4
 # The most of one request, for each image: between two of them a stream can be cancelled.
 MOST_NODES = 32
-# Of a request that is cut into levels: a number from a stranger must not make a list as long.
+# Of a request that is cut into levels: a number from a client must not make a list as long.
 MOST_STEPS = 10_000
-# What goes before a request that finds its own steps.
-ROUGH_TOLERANCE = 0.5
-ROUGH_STEPS = 3
-# Two interleaved sums of as many nodes relate like a trapezoid and a midpoint sum: of a jump at a random place, the
+# The coarse request that goes before one whose number of steps depends on the image.
+COARSE_TOLERANCE = 0.5
+COARSE_STEPS = 3
+# Two interleaved sums of as many nodes relate like a trapezoid and a midpoint sum: for a jump at a random place, the
 # difference is half an interval, and the error of their mean 1/sqrt(12) of it. The rest is margin.
 ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
-DEFAULT_N_STEPS = 50
-# The deadlines that `integrated_gradients` takes.
-LEAST_DEADLINE_MS, MOST_DEADLINE_MS = 1.0, 60_000.0
-# What int() and float() raise at what is no number, or none of theirs.
-UNREADABLE = (TypeError, ValueError, OverflowError)
 
 Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Level:
+class PlannedLevel:
     """Requests to `integrated_gradients`, by their parameters.
 
     Each ``is_part`` of one attribution, or is an attribution by itself.
@@ -54,45 +50,32 @@ class Plan:
     arrival, infinite if there is none.
     """
 
-    levels: Sequence[Level]
+    levels: Sequence[PlannedLevel]
     deadline_ms: float
 
 
 def plan_stream(parameters: Parameters) -> Plan:
     """Read a request's parameters, once.
 
-    Values that cannot be read are passed on with the levels, to be refused by `integrated_gradients`.
+    Those that are not valid are passed on, for `integrated_gradients` to refuse them.
     """
-    return Plan(_plan_levels(parameters), _read_deadline(parameters))
+    asked = read_parameters(parameters)
+    if asked is None:
+        return Plan([PlannedLevel([parameters], False)], math.inf)
+    return Plan(_plan_levels(parameters, asked), math.inf if asked.deadline_ms is None else asked.deadline_ms)
 
 
-def _read_deadline(parameters: Parameters) -> float:
-    sent = parameters.get("deadline_ms")
-    try:
-        is_valid = not isinstance(sent, bool) and LEAST_DEADLINE_MS <= float(sent) <= MOST_DEADLINE_MS
-    except UNREADABLE:
-        is_valid = False
-    return float(sent) if is_valid else math.inf
-
-
-def _plan_levels(parameters: Parameters) -> list[Level]:
-    whole = Level([parameters], False)
-    finds_its_steps = "tolerance" in parameters or "deadline_ms" in parameters
-    if "parts" in parameters or "part" in parameters or (finds_its_steps and "method" in parameters):
+def _plan_levels(parameters: Parameters, asked: AttributionParameters) -> list[PlannedLevel]:
+    whole = PlannedLevel([parameters], False)
+    if asked.parts > 1 or asked.n_steps > MOST_STEPS:
         return [whole]
-    if finds_its_steps or parameters.get("method") == "calibrated":
-        if not _is_finer(parameters):
-            return [whole]
-        rough = {name: value for name, value in parameters.items() if name != "method"}
-        return [Level([{**rough, "tolerance": str(ROUGH_TOLERANCE), "n_steps": ROUGH_STEPS}], False), whole]
-    try:
-        n_steps = int(parameters.get("n_steps", DEFAULT_N_STEPS))
-    except UNREADABLE:
-        return [whole]
-    if n_steps > MOST_STEPS:
-        return [whole]
+    if asked.tolerance is not None or asked.deadline_ms is not None or asked.method == "calibrated":
+        if asked.n_steps <= COARSE_STEPS or (asked.tolerance or 0) >= COARSE_TOLERANCE:
+            return [whole]  # no coarse request is coarser
+        coarse = {name: value for name, value in parameters.items() if name != "method"}
+        return [PlannedLevel([{**coarse, "tolerance": str(COARSE_TOLERANCE), "n_steps": COARSE_STEPS}], False), whole]
     parts = 1
-    while n_steps >= 2 * parts * LEAST_NODES:
+    while asked.n_steps >= 2 * parts * LEAST_NODES:
         parts *= 2
     if parts == 1:
         return [whole]
@@ -101,18 +84,11 @@ def _plan_levels(parameters: Parameters) -> list[Level]:
         parts //= 2
         levels.append([(parts // 2, parts)])
     return [
-        Level([{**parameters, "part": part, "parts": parts} for part, parts in _split(level, n_steps)], True)
+        PlannedLevel(
+            [{**parameters, "part": part, "parts": parts} for part, parts in _split(level, asked.n_steps)], True
+        )
         for level in levels
     ]
-
-
-def _is_finer(parameters: Parameters) -> bool:
-    """Whether a request asks for more than the rough one that would go before it."""
-    try:
-        tolerance = float(parameters.get("tolerance", 0))
-        return tolerance < ROUGH_TOLERANCE and int(parameters.get("n_steps", DEFAULT_N_STEPS)) > ROUGH_STEPS
-    except UNREADABLE:
-        return False
 
 
 def _split(level: Sequence[tuple[int, int]], n_steps: int) -> list[tuple[int, int]]:
@@ -125,7 +101,7 @@ def _split(level: Sequence[tuple[int, int]], n_steps: int) -> list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class Attribution:
+class LevelAnswer:
     """What `integrated_gradients` answers for n images.
 
     ``attributions`` [n, ...]; ``convergence_delta``, ``error_estimate`` and ``weight_sum`` [n, 1]; ``n_steps`` [n, 1].
@@ -138,14 +114,14 @@ class Attribution:
     weight_sum: np.ndarray
 
 
-class Sharpening:
+class LevelAccumulator:
     """The attribution so far."""
 
     def __init__(self) -> None:
-        self._parts: Attribution | None = None
+        self._parts: LevelAnswer | None = None
         self._steps = 0
 
-    def take(self, answers: Sequence[Attribution], level: Level, is_last: bool) -> Attribution:
+    def take(self, answers: Sequence[LevelAnswer], level: PlannedLevel, is_last: bool) -> LevelAnswer:
         """Take the answers to a level's requests; the attribution that they make with those before.
 
         Its steps are all that were spent.
@@ -153,7 +129,7 @@ class Sharpening:
         self._steps = self._steps + sum(answer.n_steps for answer in answers)
         if not level.is_part:
             (answer,) = answers
-            return _replace_steps(answer, self._steps)
+            return replace(answer, n_steps=self._steps)
         if self._parts is None:  # the first level: two parts, or more pieces of them, in order
             half = len(answers) // 2
             before, new = _sum(answers[:half]), _sum(answers[half:])
@@ -169,7 +145,7 @@ class Sharpening:
         if is_last:  # as it is, whatever its weights add up to: Captum's trapezoid ones fall short of 1
             weight, delta = np.ones_like(weight), _whole_delta(total)
             estimate = estimate + np.abs(1 - total.weight_sum)
-        return Attribution(
+        return LevelAnswer(
             total.attributions / _like(weight, total.attributions),
             delta,
             self._steps,
@@ -178,7 +154,7 @@ class Sharpening:
         )
 
 
-def _whole_delta(total: Attribution) -> np.ndarray:
+def _whole_delta(total: LevelAnswer) -> np.ndarray:
     """[n, 1]: the sum of attributions less the whole change of the output.
 
     A part's own delta is less its share of that change only, and shares that do not add up to 1 leave some out.
@@ -188,12 +164,8 @@ def _whole_delta(total: Attribution) -> np.ndarray:
     return (sums - change).astype(total.convergence_delta.dtype)
 
 
-def _replace_steps(answer: Attribution, steps: np.ndarray) -> Attribution:
-    return Attribution(answer.attributions, answer.convergence_delta, steps, answer.error_estimate, answer.weight_sum)
-
-
-def _sum(answers: Sequence[Attribution]) -> Attribution:
-    return Attribution(
+def _sum(answers: Sequence[LevelAnswer]) -> LevelAnswer:
+    return LevelAnswer(
         sum(answer.attributions for answer in answers),
         sum(answer.convergence_delta for answer in answers),
         sum(answer.n_steps for answer in answers),
@@ -202,7 +174,7 @@ def _sum(answers: Sequence[Attribution]) -> Attribution:
     )
 
 
-def _mean(parts: Attribution) -> np.ndarray:
+def _mean(parts: LevelAnswer) -> np.ndarray:
     return parts.attributions / _like(parts.weight_sum, parts.attributions)
 
 

@@ -1,14 +1,21 @@
 """Triton model: attributions and the pixels they belong to in, PNG overlays out."""
 
-import hashlib
 import json
+import sys
 import traceback
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+# What all models of this repository share lies there.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
+
+from classifier_files import ClassifierFiles
+from error_codes import triton_error
 from heatmap_drawing import draw_heatmap
-from heatmap_parameters import ParameterError, parse_parameters
+from heatmap_parameters import parse_parameters
+from request_parameters import ParameterError
 
 
 class TensorError(ValueError):
@@ -17,19 +24,13 @@ class TensorError(ValueError):
 
 class TritonPythonModel:
     def initialize(self, args):
-        settings = json.loads(args["model_config"])["parameters"]
-        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
-        folder = Path(args["model_repository"]).parent / "classifier" / args["model_version"]
-        own = {}
-        if (folder / "manifest.json").is_file() and (folder / "model.pt").is_file():
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if manifest["model_sha256"] == hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest():
-                own = manifest["preprocessing"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        settings = {name: value["string_value"] for name, value in parameters.items()}
+        files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
         self.mean, self.std = (
-            np.array(own.get(name) or settings[name]["string_value"].split(","), np.float32).reshape(3, 1, 1)
-            for name in ("mean", "std")
+            np.array(values, np.float32).reshape(3, 1, 1) for values in files.normalisation(settings)
         )
-        self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"]["string_value"].split(",")}
+        self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
@@ -38,11 +39,10 @@ class TritonPythonModel:
         try:
             heatmaps = self._draw(request)
         except (ParameterError, TensorError) as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            return pb_utils.InferenceResponse(error=triton_error("invalid", str(error)))
         except Exception as failure:  # left to Triton, it would fail the whole batch
             pb_utils.Logger.log_error(f"heatmap failed: {traceback.format_exc()}")
-            error = pb_utils.TritonError(f"heatmap failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
-            return pb_utils.InferenceResponse(error=error)
+            return pb_utils.InferenceResponse(error=triton_error("failed", f"heatmap failed: {failure!r:.200}"))
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("HEATMAP", heatmaps)])
 
     def _draw(self, request) -> np.ndarray:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from error_codes import STATUSES
+
 FLUSH_SECONDS = 0.25
 # What the values of a histogram are sorted by: upper ends, beyond the last infinity.
 BUCKETS = {
@@ -38,7 +40,7 @@ DESCRIPTIONS = {
     "wait_seconds": "From a request's arrival to its first gradient",
     "compute_seconds": "From an image's first gradient to its explanation",
 }
-OUTCOMES = ("explained", "invalid", "overloaded", "late", "cancelled", "failed")
+OUTCOMES = ("explained", *STATUSES)
 Labels = tuple[tuple[str, str], ...]
 
 

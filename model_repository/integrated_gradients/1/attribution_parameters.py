@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field
+from request_parameters import Integer, Number, ParameterError, RequestParameters, refusal, validate
 
-
-class ParameterError(ValueError):
-    """A request parameter is unknown or has a value that is not allowed; the message names both."""
+# `explain_stream` asks for an attribution in interleaved parts; clients are not told of them.
+INTERNAL = frozenset({"part", "parts"})
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,10 @@ class Limits:
     max_gradients: int = 5000
 
 
-def _refuse_booleans(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a boolean is no number")
-    return value
+class AttributionParameters(RequestParameters):
+    """What a request asks of Integrated Gradients."""
 
-
-_Integer = Annotated[int, BeforeValidator(_refuse_booleans)]
-_Number = Annotated[float, BeforeValidator(_refuse_booleans)]
-
-
-class AttributionParameters(BaseModel):
-    """What a request asks of Integrated Gradients. Each description completes "NAME must be"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    n_steps: _Integer = Field(
+    n_steps: Integer = Field(
         50,
         ge=1,
         description="an integer from 1 (2 with a riemann method, 3 with tolerance or deadline_ms) to {max_n_steps}",
@@ -50,18 +38,18 @@ class AttributionParameters(BaseModel):
     ] = Field("gausslegendre", description="one of {choices}")
     baseline: Literal["zero", "black", "gray", "white", "blur", "noise"] = Field("zero", description="one of {choices}")
     output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
-    contrast: _Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
-    tolerance: _Number | None = Field(
+    contrast: Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
+    tolerance: Number | None = Field(
         None, ge=0.001, le=0.5, allow_inf_nan=False, description="a number from 0.001 to 0.5"
     )
-    deadline_ms: _Number | None = Field(
+    deadline_ms: Number | None = Field(
         None, ge=1, le=60_000, allow_inf_nan=False, description="a number from 1 to 60000"
     )
-    parts: _Integer = Field(1, ge=1, description="an integer from 1 to n_steps")
-    part: _Integer = Field(0, ge=0, description="an integer from 0 to parts - 1")
-    nt_samples: _Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
-    stdevs: _Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
-    seed: _Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
+    parts: Integer = Field(1, ge=1, description="an integer from 1 to n_steps")
+    part: Integer = Field(0, ge=0, description="an integer from 0 to parts - 1")
+    nt_samples: Integer = Field(1, ge=1, description="an integer from 1 to {max_nt_samples}")
+    stdevs: Number = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="a number from 0 to 10")
+    seed: Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
 
     @property
     def smooths(self) -> bool:
@@ -134,23 +122,22 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
     Raises:
         ParameterError: names the parameter, what came and what is allowed.
     """
-    own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
-    fields = AttributionParameters.model_fields
-    for name in own:
-        if name not in fields:
-            raise ParameterError(f"unknown parameter {name!r:.100}; known are {', '.join(sorted(fields))}")
-    try:
-        parameters = AttributionParameters.model_validate(own)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        raise _refusal(name, own[name], limits) from None
+    parameters = validate(AttributionParameters, sent, foreign, asdict(limits), INTERNAL)
     parameters.check_combinations()
     parameters.check_limits(limits)
     return parameters
 
 
+def read_parameters(sent: Mapping[str, Any]) -> AttributionParameters | None:
+    """The same for other models, which pass over what is not theirs; None for values that are going to be refused."""
+    try:
+        foreign = sent.keys() - AttributionParameters.model_fields.keys()
+        parameters = validate(AttributionParameters, sent, foreign, asdict(Limits()))
+        parameters.check_combinations()
+    except ParameterError:
+        return None
+    return parameters
+
+
 def _refusal(name: str, value: Any, limits: Limits) -> ParameterError:
-    fields = AttributionParameters.model_fields
-    choices = ", ".join(map(str, getattr(fields[name].annotation, "__args__", ())))
-    allowed = fields[name].description.format(**asdict(limits), choices=choices)
-    return ParameterError(f"parameter {name!r} must be {allowed}, not {value!r:.100}")
+    return refusal(AttributionParameters, name, value, asdict(limits))

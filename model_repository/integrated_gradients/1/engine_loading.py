@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import AttributionEngine
 from classifier_network import Network, Rows
 from path_density import PathDensity
 
@@ -35,7 +35,7 @@ def build_engine(
     max_rows: int = 0,
     precision: str = "tf32",
     density: PathDensity | None = None,
-) -> IntegratedGradients:
+) -> AttributionEngine:
     """Load a classifier and make the engine that explains it.
 
     Args:
@@ -59,12 +59,12 @@ def build_engine(
     module = module.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         _keep_freed_memory()
-        return IntegratedGradients(module, max_rows=max_rows or CPU_MAX_ROWS, density=density)
+        return AttributionEngine(module, max_rows=max_rows or CPU_MAX_ROWS, density=density)
     allow_tf32(precision)
     torch.backends.cudnn.benchmark = True
     network = Network(module, torch.float16 if precision == "float16" else None, float64_stem=precision == "ieee")
     rows = max_rows or _rows_that_fit(network, device, image_shape)
-    return IntegratedGradients(network, max_rows=rows, capture=True, density=density)
+    return AttributionEngine(network, max_rows=rows, capture=True, density=density)
 
 
 def _keep_freed_memory() -> None:

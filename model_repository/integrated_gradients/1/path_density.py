@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from error_law import ErrorLaw
 from path_quadrature import even_bounds, share_out
-from path_rules import ErrorLaw
 from torch import Tensor
 
 FILE_NAME = "path_density.json"

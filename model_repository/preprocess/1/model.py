@@ -1,8 +1,8 @@
 """Triton model: encoded images in, normalised pixels out."""
 
-import hashlib
 import json
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,9 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+# What all models of this repository share lies there.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
+
+from attribution_parameters import read_parameters
+from circuit_breaker import CircuitOpenError, check_circuit
+from classifier_files import ClassifierFiles
+from error_codes import triton_error
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
-from overload_reading import OverloadedError, check_overload
+from metric_families import metric_family
 from PIL import Image
 
 # That it goes on within a batch, which may take long, is seen from the first.
@@ -28,29 +36,18 @@ class TritonPythonModel:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
-        # The classifier's own, as `tools/export` wrote it beside it; of a file from elsewhere, the settings.
-        folder = Path(args["model_repository"]).parent / "classifier" / args["model_version"]
-        own = {}
-        if (folder / "manifest.json").is_file() and (folder / "model.pt").is_file():
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if manifest["model_sha256"] == hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest():
-                own = manifest["preprocessing"]
-        self.mean, self.std = (
-            own.get(name) or [float(v) for v in settings[name].split(",")] for name in ("mean", "std")
-        )
+        files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
+        self.mean, self.std = files.normalisation(settings)
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.families, self.metrics = {}, {}
         for name, description in COUNTERS.items():
-            try:
-                self.families[name] = pb_utils.MetricFamily(
-                    name=f"preprocess_{name}", description=description, kind=pb_utils.MetricFamily.COUNTER
-                )
+            family = metric_family(f"preprocess_{name}", description)
+            if family is not None:
+                self.families[name] = family  # which must outlive its metrics
                 own = {**labels, "outcome": "overloaded"} if name == "overloaded_total" else labels
-                self.metrics[name] = self.families[name].Metric(labels=own)
-            except pb_utils.TritonModelException as error:
-                pb_utils.Logger.log_warn(f"no metric preprocess_{name}: {error}")
+                self.metrics[name] = family.Metric(labels=own)
 
     def finalize(self):
         self.metrics.clear()  # before their families, which they must not outlive
@@ -67,14 +64,13 @@ class TritonPythonModel:
         try:
             pixels, target = self._preprocess(request)
         except ImageError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
-        except OverloadedError as error:
+            return pb_utils.InferenceResponse(error=triton_error("invalid", str(error)))
+        except CircuitOpenError as error:
             self._count("overloaded_total")
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE))
+            return pb_utils.InferenceResponse(error=triton_error("overloaded", str(error)))
         except Exception as failure:  # left to Triton, it would fail the whole batch
             pb_utils.Logger.log_error(f"preprocess failed: {traceback.format_exc()}")
-            error = pb_utils.TritonError(f"preprocess failed: {failure!r:.200}", pb_utils.TritonError.INTERNAL)
-            return pb_utils.InferenceResponse(error=error)
+            return pb_utils.InferenceResponse(error=triton_error("failed", f"preprocess failed: {failure!r:.200}"))
         return pb_utils.InferenceResponse(
             output_tensors=[pb_utils.Tensor("PIXELS", pixels), pb_utils.Tensor("RESOLVED_TARGET", target)]
         )
@@ -87,7 +83,9 @@ class TritonPythonModel:
             raise ImageError("IMAGE must be at least one")
         # Only a request that goes on to the gradients needs its target.
         if "RESOLVED_TARGET" in request.requested_output_names():
-            check_overload(os.getppid(), json.loads(request.parameters()))
+            parameters = read_parameters(json.loads(request.parameters()))
+            if parameters is not None:
+                check_circuit(os.getppid(), parameters)
         target = np.full((len(files), 1), -1, np.int64) if target is None else target.as_numpy()
         images = self._for_each(lambda file: open_image(file, self.limits), files[:, 0])
         pixels = sum(image.width * image.height for image in images)

@@ -1,0 +1,110 @@
+"""What the engine is asked, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One image to explain: the gradients of one function of the network's logits, along one path or several.
+
+    ``image`` and ``baseline`` are float [channels, height, width] on the engine's device. The function is the logit, or
+    with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
+
+    ``method`` is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the network has them,
+    discrete gradients between them.
+
+    With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
+    within it, or until ``n_steps``, then at least 3, are spent. With a ``deadline``, by ``time.monotonic``, the answer
+    is the best within this time; it may overrun by one pass. It comes earlier if it is within the tolerance. ``method``
+    is not used with either.
+
+    With ``parts`` the attribution is a summand: that of the nodes number ``part``, ``part + parts``, ``part + 2 parts``
+    and so on, of one of Captum's methods.
+
+    With ``start_by``, by ``time.monotonic``, the job is given up if none of its rows has been passed by then.
+
+    With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
+    image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
+    """
+
+    image: Tensor
+    baseline: Tensor
+    target: int
+    n_steps: int = 50
+    method: str = "gausslegendre"
+    tolerance: float | None = None
+    deadline: float | None = None
+    part: int = 0
+    parts: int = 1
+    probability: bool = False
+    contrast: int | None = None
+    nt_samples: int = 1
+    stdevs: float = 0.0
+    seed: int = 0
+    image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
+    baseline_key: Hashable = None  # equal keys promise equal baselines, whose evaluation is then kept
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    start_by: float = math.inf
+
+    @property
+    def refines(self) -> bool:
+        """Whether its number of steps depends on the image."""
+        return self.tolerance is not None or self.deadline is not None
+
+    @property
+    def output(self) -> str:
+        """The explained output, as calibrations name it."""
+        return "probability" if self.probability else "logit"
+
+    def objective(self, logits: Tensor) -> Tensor:
+        """The explained function of logits [classes], a scalar."""
+        values = logits.softmax(dim=-1) if self.probability else logits
+        return values[self.target] if self.contrast is None else values[self.target] - values[self.contrast]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The attribution of one job.
+
+    Attributes:
+        attributions: shaped like the image.
+        convergence_delta: Captum's, a scalar tensor: the sum of the attributions minus (F(image) - F(baseline)), a mean
+            over noise samples; None where it was not asked for.
+        n_steps: gradients taken.
+        error_estimate: estimated relative L2 error, a mean over noise samples; NaN without a tolerance or deadline.
+        weight_sum: sum of the quadrature's weights. That of a part is less than 1, and its delta is to as much of the
+            change.
+        started: by ``time.monotonic``, when its first rows came up.
+        seconds: from there to its last, whatever else was passed between (of a GPU's work, what the CPU sees of it).
+    """
+
+    attributions: Tensor
+    convergence_delta: Tensor | None
+    n_steps: int
+    error_estimate: float = math.nan
+    weight_sum: float = 1.0
+    started: float = math.nan
+    seconds: float = 0.0
+
+
+def mean_explanation(samples: Sequence[Explanation]) -> Explanation:
+    """The explanation of a job from those of its noise samples."""
+    if len(samples) == 1:
+        return samples[0]
+    attributions = torch.stack([sample.attributions for sample in samples]).mean(dim=0)
+    deltas = [sample.convergence_delta for sample in samples if sample.convergence_delta is not None]
+    return Explanation(
+        attributions,
+        torch.stack(deltas).mean() if deltas else None,
+        sum(sample.n_steps for sample in samples),
+        # Errors that do not cancel add up to no more than their mean.
+        sum(sample.error_estimate for sample in samples) / len(samples),
+        samples[0].weight_sum,
+    )

@@ -1,0 +1,196 @@
+"""One integration path: its end points behind the stem, its rows, and the attributions that its gradients add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from attribution_job import Explanation, Job
+from classifier_network import Network, Rows
+from path_quadrature import place_points, quadrature
+from path_rules import Rule
+from torch import Tensor
+
+# A completeness gap is relative to the change of the output, or to this share of the sum of absolute attributions where
+# that is more: a change far below what the attributions add up to without their signs is no measure of anything.
+LEAST_CHANGE = 0.1
+
+
+@dataclass(eq=False)
+class StartPoint:
+    """A baseline behind the stem [1, ...], and its logits [classes] once they are needed."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StageError:
+    """What a complete stage of a path amounts to.
+
+    Attributes:
+        attributions: shaped like the image.
+        difference: relative norm of the difference that estimates the error.
+        gap: relative completeness gap.
+    """
+
+    attributions: Tensor
+    difference: float
+    gap: float
+
+
+class IntegrationPath:
+    """The straight path from a job's baseline to one image.
+
+    Args:
+        job: what to explain.
+        image: [channels, height, width], the job's own or with noise.
+        rule: which points get a gradient.
+        network: whose logits are explained.
+        multiply_by_inputs: attributions are gradients times (image - baseline), as Captum's.
+    """
+
+    start: StartPoint
+    displacement: Tensor  # from start to end, behind the stem
+
+    def __init__(self, job: Job, image: Tensor, rule: Rule, network: Network, multiply_by_inputs: bool = True) -> None:
+        self.job, self.image, self.rule = job, image, rule
+        self._network, self._multiply_by_inputs = network, multiply_by_inputs
+        self._next_step = 0
+        self._attributions: Tensor | None = None
+        self.is_placed = False
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that the present stage still takes, if one chunk takes them all."""
+        nodes = len(self.rule.nodes) - self._next_step
+        return nodes if nodes > self.rule.overlap else 0
+
+    @property
+    def overlap(self) -> int:
+        """Rows at the end of a piece that the next piece begins with."""
+        return self.rule.overlap
+
+    @property
+    def shape(self) -> Hashable:
+        """Only paths of equal shape share a chunk."""
+        return self.image.shape
+
+    def place(self, start: StartPoint, end: Tensor) -> None:
+        """Set both end points; ``end`` [1, ...] is the image behind the stem."""
+        self.start, self.displacement = start, end - start.features
+        self.is_placed = True
+
+    def fill(self, rows: Rows) -> None:
+        """Write the inputs of the path's next rows, as many as there is room for."""
+        job = self.job
+        nodes = self.rule.nodes[self._next_step : self._next_step + len(rows.signs)]
+        place_points(self.start.features, self.displacement, nodes, rows.features)
+        rows.classes[:, 0] = job.target
+        rows.classes[:, 1] = job.target if job.contrast is None else job.contrast
+        rows.signs[:, 0] = 1.0
+        rows.signs[:, 1] = 0.0 if job.contrast is None else -1.0
+        rows.on_probability[:] = job.probability
+        rows.paired[:] = bool(self.rule.overlap)
+        rows.paired[-1] = False
+
+    def add(self, gradients: Tensor) -> None:
+        """Take the gradients of those rows."""
+        steps = slice(self._next_step, self._next_step + len(gradients) - self.rule.overlap)
+        self.rule.add(steps, gradients[: steps.stop - steps.start])
+        self._next_step = steps.stop
+
+    def next_stage(self, affordable: float) -> bool:
+        """Complete the stage; whether the rule takes another one, of at most so many affordable steps."""
+        difference = self.rule.complete_stage()
+        if difference is None:
+            return False
+        found = self.estimate_error(difference)
+        self._attributions = found.attributions
+        if not self.rule.refine(found.difference, found.gap, affordable):
+            return False
+        self._next_step = 0
+        return True
+
+    def finish_early(self) -> bool:
+        """End in the middle of a stage; whether there is an answer."""
+        return self.rule.finish_early(self._next_step)
+
+    def estimate_error(self, difference: Tensor) -> StageError:
+        """The rule's present answer as attributions, and the relative size of what estimates its error.
+
+        Args:
+            difference: [1, ...], of two weighted sums of gradients behind the stem.
+        """
+        attributions, between = self._pull_back(torch.cat((self.rule.gradient, difference)))
+        change = self._change
+        size = attributions.abs().sum()
+        gap = attributions.sum() - change if self._multiply_by_inputs else torch.zeros_like(size)
+        scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
+        norms = torch.stack((between.norm(), attributions.norm(), gap.abs(), scale)).tolist()
+        return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
+
+    def explanation(self, with_delta: bool) -> Explanation:
+        """What a finished path amounts to."""
+        job, weight_sum, delta = self.job, 1.0, None
+        attributions = self._attributions
+        if attributions is None:
+            (attributions,) = self._pull_back(self.rule.gradient)
+        if job.parts > 1:
+            weight_sum = quadrature(job.method, job.n_steps)[1][job.part :: job.parts].sum().item()
+        if with_delta:
+            delta = attributions.sum() - weight_sum * self._change
+        return Explanation(attributions, delta, self.rule.n_steps, self.rule.error_estimate, weight_sum)
+
+    def _pull_back(self, gradients: Tensor) -> Tensor:
+        """Attributions [n, ...] of weighted sums of gradients [n, ...] behind the stem."""
+        images = self.image.expand(len(gradients), *self.image.shape)
+        attributions = self._network.transposed_stem(gradients, images)
+        return attributions * (self.image - self.job.baseline) if self._multiply_by_inputs else attributions
+
+    @cached_property
+    def _change(self) -> Tensor:
+        """F(image) - F(baseline), a scalar."""
+        job = self.job
+        end = None if job.stdevs else job.image_logits
+        if end is None:
+            end = self._network(self.image.unsqueeze(0))[0]
+        if self.start.logits is None:
+            self.start.logits = self._network(job.baseline.unsqueeze(0))[0]
+        return job.objective(end) - job.objective(self.start.logits)
+
+
+def place_end_points(
+    paths: Sequence[IntegrationPath], network: Network, known: MutableMapping[Hashable, StartPoint]
+) -> None:
+    """Place the end points of new paths in one pass through the stem.
+
+    Args:
+        paths: of one shape.
+        network: of the paths.
+        known: start points of baselines with a key, which are kept there.
+    """
+    if not paths:
+        return
+    starts: dict[Hashable, StartPoint] = dict(known)
+    # Once for all noise samples of a job that come up together, and once for all for a baseline with a key.
+    baselines = {_start_key(path.job): path.job.baseline for path in paths if _start_key(path.job) not in starts}
+    features = network.stem(torch.stack([*(path.image for path in paths), *baselines.values()])).split(1)
+    for key, own in zip(baselines, features[len(paths) :]):
+        starts[key] = StartPoint(own.clone())
+    for path, end in zip(paths, features):
+        key = _start_key(path.job)
+        if path.job.baseline_key is not None:
+            known[key] = starts[key]
+        path.place(starts[key], end)
+
+
+def _start_key(job: Job) -> Hashable:
+    return job if job.baseline_key is None else job.baseline_key
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf if part else 0.0

@@ -1,0 +1,72 @@
+"""How request parameters are validated: numbers may be numeric strings, names and values are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+
+class ParameterError(ValueError):
+    """A request parameter is unknown or has a value that is not allowed; the message names both."""
+
+
+def _refuse_booleans(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is no number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_booleans)]
+Number = Annotated[float, BeforeValidator(_refuse_booleans)]
+
+
+class RequestParameters(BaseModel):
+    """Parameters of one model. Each field's description completes "NAME must be"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ParametersT = TypeVar("ParametersT", bound=RequestParameters)
+
+
+def validate(
+    kind: type[ParametersT],
+    sent: Mapping[str, Any],
+    foreign: Set[str] = frozenset(),
+    limits: Mapping[str, Any] | None = None,
+    internal: Set[str] = frozenset(),
+) -> ParametersT:
+    """Validate the parameters of one request.
+
+    Args:
+        kind: of the model that they are for.
+        sent: names and values as they came.
+        foreign: names that are passed over, because they belong to other steps of an ensemble. Names that begin with
+            ``triton_`` are Triton's own and are passed over too.
+        limits: what descriptions name in braces.
+        internal: names that are taken and not told of.
+
+    Raises:
+        ParameterError: names the parameter, what came and what is allowed.
+    """
+    own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    fields = kind.model_fields
+    for name in own:
+        if name not in fields:
+            known = ", ".join(sorted(set(fields) - internal))
+            raise ParameterError(f"unknown parameter {name!r:.100}; known are {known}")
+    try:
+        return kind.model_validate(own)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise refusal(kind, name, own[name], limits or {}) from None
+
+
+def refusal(kind: type[RequestParameters], name: str, value: Any, limits: Mapping[str, Any]) -> ParameterError:
+    """The error for a value of a parameter that is not allowed."""
+    field = kind.model_fields[name]
+    choices = ", ".join(map(str, getattr(field.annotation, "__args__", ())))
+    allowed = (field.description or "").format(**limits, choices=choices)
+    return ParameterError(f"parameter {name!r} must be {allowed}, not {value!r:.100}")

@@ -1,0 +1,309 @@
+"""Whose rows come next: the order of jobs and their paths, the chunks they share, and who may wait. No tensors.
+
+A job is a ``Task`` here. Its images, one for each noise sample, become paths one by one, and a path has rows. Each
+chunk is one forward and backward pass, of at most ``limit`` rows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+# A job overtakes longer ones until ten times their own rows have been passed since they came. So short jobs come first,
+# and a long one is overtaken only by those that come before its turn.
+FAIRNESS_FACTOR = 10
+# Interval between full cancellation checks.
+CANCELLATION_CHECK_SECONDS = 1.0
+# A job whose deadline is so near goes before all others.
+URGENT_SECONDS = 2.0
+# Paths under way, for each row of a chunk: bounds their memory.
+MOST_PATHS, MOST_URGENT_PATHS = 2, 4
+
+Priority = tuple[float, float]
+
+
+class Path(Protocol):
+    """What the scheduler sees of a path."""
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that the present stage still takes, if one chunk takes them all."""
+
+    @property
+    def overlap(self) -> int:
+        """Rows at the end of a piece that the next piece begins with."""
+
+    @property
+    def shape(self) -> Hashable:
+        """Only paths of equal shape share a chunk."""
+
+
+@dataclass(eq=False)
+class Task:
+    """A job that has come.
+
+    Attributes:
+        expected_rows: rows that it is expected to take.
+        rows_before: rows that the engine had passed when it came.
+        samples_left: paths that are still to be started.
+        deadline: by ``time.monotonic``; None: there is none.
+        start_by: by ``time.monotonic``; it is given up if it has not started by then.
+        is_cancelled: whether its client no longer waits.
+        samples_under_way: paths that have been started and have not ended.
+        rows_spent: rows passed so far.
+    """
+
+    expected_rows: int
+    rows_before: int
+    samples_left: int = 1
+    deadline: float | None = None
+    start_by: float = math.inf
+    is_cancelled: Callable[[], bool] = lambda: False
+    samples_under_way: int = field(default=0, init=False)
+    rows_spent: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._samples = self.samples_left
+
+    @property
+    def priority(self) -> Priority:
+        """Ascending: the nearest deadline first, then by the rows passed since it came.
+
+        A job that takes more rows than expected falls back.
+        """
+        turn = self.rows_before + FAIRNESS_FACTOR * max(self.expected_rows, self.rows_spent)
+        return (self.deadline if self.deadline is not None and self.is_urgent else math.inf), turn
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its deadline is near, or over."""
+        return self.deadline is not None and time.monotonic() > self.deadline - URGENT_SECONDS
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
+    def is_started(self) -> bool:
+        return self.samples_left < self._samples
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.samples_left and not self.samples_under_way
+
+    @property
+    def rows_left(self) -> int:
+        """Rows of the paths that are not started yet, as far as that is known."""
+        return self.expected_rows * self.samples_left // self._samples
+
+    def is_given_up(self, check_cancelled: bool) -> bool:
+        """Whether it waited too long for its first row or, if that is checked, is cancelled."""
+        if not self.is_started and time.monotonic() >= self.start_by:
+            return True
+        return check_cancelled and self.is_cancelled()
+
+
+TaskT = TypeVar("TaskT", bound=Task)
+PathT = TypeVar("PathT", bound=Path)
+
+
+@dataclass(frozen=True)
+class Piece(Generic[TaskT, PathT]):
+    """Rows of a path in a chunk."""
+
+    task: TaskT
+    path: PathT
+    rows: slice  # of the chunk
+
+
+class RowScheduler(Generic[TaskT, PathT]):
+    """Tasks and paths of a call, in order of their priority.
+
+    Args:
+        limit: rows of a chunk.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._waiting: list[TaskT] = []  # tasks with paths to start
+        self._under_way: list[tuple[TaskT, PathT]] = []
+        self._finished: list[TaskT] = []
+        self._checked_all = time.monotonic()
+
+    def add(self, task: TaskT) -> None:
+        """Have a task wait for its turn."""
+        self._waiting.append(task)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a path is under way."""
+        return bool(self._under_way)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not self._under_way and not any(task.samples_left for task in self._waiting)
+
+    @property
+    def deadline_paths(self) -> int:
+        """Paths with a deadline, started or not."""
+        started = sum(task.deadline is not None for task, _ in self._under_way)
+        return started + sum(task.samples_left for task in self._waiting if task.deadline is not None)
+
+    def rows_before(self, priority: Priority) -> int:
+        """Rows that go before a task of that priority, as far as that is known; from any thread."""
+        waiting = sum(task.rows_left for task in tuple(self._waiting) if task.priority <= priority)
+        return waiting + sum(path.rows_left for task, path in tuple(self._under_way) if task.priority <= priority)
+
+    def drop_given_up(self) -> list[TaskT]:
+        """Remove the tasks that nobody waits for, and return them.
+
+        A cancellation check may ask another process. Before each chunk only the next tasks are checked; all of them at
+        intervals.
+        """
+        checks_all = time.monotonic() >= self._checked_all + CANCELLATION_CHECK_SECONDS
+        if checks_all:
+            self._checked_all = time.monotonic()
+        waiting = [task for task in self._waiting if task.samples_left]
+        checked = {*waiting[: self.limit], *(task for task, _ in self._under_way)}
+        tasks = dict.fromkeys([*waiting, *(task for task, _ in self._under_way)])
+        given_up = {task: None for task in tasks if task.is_given_up(checks_all or task in checked)}
+        if given_up:
+            self._waiting = [task for task in self._waiting if task not in given_up]
+            self._under_way = [each for each in self._under_way if each[0] not in given_up]
+        return list(given_up)
+
+    def next_to_start(self) -> TaskT | None:
+        """The task whose next path has rows in the next chunk.
+
+        Paths are started late and are few, since each takes memory.
+        """
+        self._waiting = sorted((task for task in self._waiting if task.samples_left), key=lambda task: task.priority)
+        self._under_way.sort(key=lambda each: each[0].priority)
+        if not self._waiting:
+            return None
+        task = self._waiting[0]
+        if len(self._under_way) >= (MOST_URGENT_PATHS if task.is_urgent else MOST_PATHS) * self.limit:
+            return None
+        before = sum(path.rows_left for other, path in self._under_way if other.priority <= task.priority)
+        return task if before < self.limit else None
+
+    def start(self, task: TaskT, path: PathT) -> None:
+        """Begin one of a task's paths."""
+        task.samples_left -= 1
+        task.samples_under_way += 1
+        self._under_way.append((task, path))
+
+    def end(self, task: TaskT, path: PathT) -> None:
+        """A path has its answer, or goes without."""
+        self._under_way = [each for each in self._under_way if each[1] is not path]
+        task.samples_under_way -= 1
+        if task.is_finished:
+            self._finished.append(task)
+
+    def late(self) -> list[tuple[TaskT, PathT]]:
+        """Paths under way whose deadline is over; their tasks start no more."""
+        found = [each for each in self._under_way if each[0].is_late]
+        for task, _ in found:
+            task.samples_left = 0
+        return found
+
+    def take_finished(self) -> list[TaskT]:
+        """The tasks that have finished since this was called last."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def next_chunk(self, equal: bool) -> list[Piece[TaskT, PathT]]:
+        """The rows of the next pass.
+
+        Args:
+            equal: for passes that are not padded. 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
+                A chunk is not filled with a piece that costs more than it saves.
+        """
+        room = self.limit
+        if equal:
+            rows_left = self.rows_before((math.inf, math.inf))
+            room = math.ceil(rows_left / math.ceil(rows_left / self.limit))
+        chunk: list[Piece[TaskT, PathT]] = []
+        count = 0
+        for task, path in self._under_way:
+            rows = min(room - count, path.rows_left)
+            if rows <= path.overlap or path.shape != self._under_way[0][1].shape:
+                break
+            if equal and chunk and path.overlap and self._adds_a_piece(path, rows):
+                break
+            chunk.append(Piece(task, path, slice(count, count + rows)))
+            count += rows
+        return chunk
+
+    def _adds_a_piece(self, path: PathT, rows: int) -> bool:
+        """Whether a path with overlap is cut into more pieces if so many rows go before the rest.
+
+        Each further piece takes one more row; a pass that stays smaller costs less than that.
+        """
+        whole, rest = (math.ceil((path.rows_left - begun) / (self.limit - 1)) for begun in (1, rows))
+        return 1 + rest > whole
+
+
+def halve(chunk: Sequence[Piece[TaskT, PathT]]) -> list[Piece[TaskT, PathT]]:
+    """The first half of a chunk's rows; none where they are as few as they can be."""
+    room = chunk[-1].rows.stop // 2
+    begun = [piece for piece in chunk if piece.rows.start < room]
+    half = [replace(piece, rows=slice(piece.rows.start, min(piece.rows.stop, room))) for piece in begun]
+    return [piece for piece in half if piece.rows.stop - piece.rows.start > piece.path.overlap]
+
+
+class OverloadedError(Exception):
+    """Too much waits already; the message says how much.
+
+    Attributes:
+        rows: jobs of so many rows, and more, are refused at present; None if that is not known.
+        seconds: until then there is likely no room.
+    """
+
+    def __init__(self, message: str, rows: int | None, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.rows, self.seconds = rows, seconds
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Which jobs may wait.
+
+    Attributes:
+        max_wait_seconds: longest wait for a first row. A job expected to wait longer is rejected immediately; one that
+            has waited longer is given up.
+        max_waiting: jobs that may be there at once, which bounds their memory.
+    """
+
+    max_wait_seconds: float
+    max_waiting: int
+
+    def check(self, jobs: int, rows: int, waiting: int, wait_seconds: float) -> None:
+        """Admit jobs of one request.
+
+        Args:
+            jobs: how many come.
+            rows: that each is expected to take.
+            waiting: how many are there.
+            wait_seconds: expected until the first row of the first.
+
+        Raises:
+            OverloadedError: they are rejected.
+        """
+        if waiting and waiting + jobs > self.max_waiting:  # a request alone is never too large
+            raise OverloadedError(
+                f"{waiting} images wait for their gradients, and at most {self.max_waiting} may",
+                0 if jobs == 1 else None,
+            )
+        if wait_seconds > self.max_wait_seconds:
+            raise OverloadedError(
+                f"the gradients that go before take about {wait_seconds:.1f} s, and at most "
+                f"{self.max_wait_seconds:g} s may be waited",
+                rows,
+                wait_seconds - self.max_wait_seconds,
+            )
