@@ -51,7 +51,7 @@ quality: $(INSTALLED)
 
 # How much of the heat lies on the shapes, over 200 held-out images.
 localisation: $(INSTALLED)
-	$(BIN)/python -m tools.shapes.localisation
+	$(BIN)/python -m tools.evaluation.localisation
 
 # What is refused and what the answer says: docs/refusals.md, as a server answers now.
 refusals: $(INSTALLED)

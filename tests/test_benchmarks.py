@@ -13,14 +13,14 @@ from test_serving import infer
 
 from tools.bench.load import jpeg_images, run_block, saturated
 from tools.bench.perf import read_profile, run
-from tools.bench.server import BaselineService
+from tools.bench.server import PeerService
 from tools.paths import ROOT
 
 
 @pytest.mark.slow
 def test_the_peer_explains_the_same_as_the_server(triton):
     image = jpeg_images()[0]
-    with BaselineService() as service:
+    with PeerService() as service:
         answer = httpx.post(f"{service.url}/explain", content=image, timeout=120).json()
     served = infer(triton, [image])
     # Captum in float32 is up to 4e-3 from float64 on such images: a flipped activation is that much.

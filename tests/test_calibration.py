@@ -14,10 +14,10 @@ from path_density import CalibrationError, PathDensity
 from path_rules import ErrorLaw
 
 from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
+from tools.evaluation.integrals import integrate
 from tools.export import Preprocessing, build_served
-from tools.integrals import integrate
-from tools.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, _share_gradients
 from tools.shapes.checkpoint import DEMO_CALIBRATION
+from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, _share_gradients
 
 FLAT = torch.ones(1).double()
 LAW = {"scale": 1.0, "order": 1.5, "margin": 1.3}
@@ -146,7 +146,7 @@ def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mea
 
 def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
     """One cell against 4,000 points, in a network whose activations move on straight lines."""
-    from tools.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool
+    from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool
 
     torch.manual_seed(0)
     start, end = 8 * torch.randn(2, 1, 3, 9, 9).double()

@@ -27,8 +27,8 @@ from tools.deploy.serve import SettingError, command
 from tools.paths import ROOT
 from tools.probe import CHAINS, NoAnswerError, ProbeError, _hanging, probe, probe_patiently
 from tools.server import EmbeddedServer, Ports
-from tools.supervisor import Watch
-from tools.triton_options import server_options
+from tools.triton.options import server_options
+from tools.triton.supervisor import Watch
 
 DEPLOY = ROOT / "tools" / "deploy"
 KUBERNETES_VERSION = "1.31"

@@ -29,7 +29,7 @@ def fail_passes(engine, fails):
 
 @pytest.mark.parametrize("options", [{"n_steps": 21}, {"n_steps": 21, "method": "calibrated"}, {"tolerance": 0.02}])
 def test_a_chunk_without_memory_is_halved_until_it_fits(served_module, options):
-    from tools.measuring import load_engine
+    from tools.evaluation.measuring import load_engine
 
     engine = load_engine(torch.device("cpu"), "ieee")
     jobs = [small_job(seed=seed, **{"n_steps": 200, **options}) for seed in range(2)]

@@ -12,7 +12,7 @@ import pytest
 
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.server import EmbeddedServer, Ports, ServerError
-from tools.triton_process import SHARED_MEMORY
+from tools.triton.process import SHARED_MEMORY
 
 
 @pytest.fixture

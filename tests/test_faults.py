@@ -32,8 +32,8 @@ from tools.export import FILE_NAME
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.probe import probe_patiently, read_metrics, total
 from tools.server import EmbeddedServer, Ports
-from tools.supervisor import Watch, supervise
-from tools.triton_process import ServerError
+from tools.triton.process import ServerError
+from tools.triton.supervisor import Watch, supervise
 
 STUBBED = ("preprocess", "classifier", "integrated_gradients", "heatmap", "explain_stream")
 LIBFAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)

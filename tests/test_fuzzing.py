@@ -30,7 +30,7 @@ from stream_levels import plan_stream
 from test_serving import infer
 from tritonclient.utils import InferenceServerException
 
-from tools.triton_process import SHARED_MEMORY
+from tools.triton.process import SHARED_MEMORY
 
 T = TypeVar("T")
 QUICK, THOROUGH = 2_000, 50_000

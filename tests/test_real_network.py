@@ -15,10 +15,10 @@ from test_serving import infer
 from test_streaming import Stream
 from torchvision import transforms
 
+from tools.evaluation.measuring import load_engine
 from tools.export import Preprocessing, describe_served, read_manifest, repository_with
 from tools.imagenet.lite0 import load_lite0
 from tools.imagenet.photographs import CHELSEA, CHINA, COFFEE, DEMO, view
-from tools.measuring import load_engine
 from tools.server import EmbeddedServer, Ports
 
 TRANSFORM = transforms.Compose(

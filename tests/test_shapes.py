@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import relative_distance
 
-from tools.shapes import localisation
+from tools.evaluation import localisation
 from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized, save_quantized
 from tools.shapes.dataset import CLASSES, draw_scene, draw_view, view_pixels
 from tools.shapes.train import STAGES, accuracy, compute_losses

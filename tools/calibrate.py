@@ -31,10 +31,10 @@ from path_rules import PILOT_SHARE, ErrorLaw
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.integrals import EXPLAINED_OUTPUTS, integrands
+from tools.evaluation.measuring import SHAPE, default_device
 from tools.export import NETWORKS, Preprocessing, ensure_exported, read_manifest, repository_with
 from tools.imagenet.photographs import CALIBRATION, crops, view
-from tools.integrals import EXPLAINED_OUTPUTS, integrands
-from tools.measuring import SHAPE, default_device
 from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from tools.imagenet import lite0
-from tools.mean_slopes import add_mean_slopes
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequantized
+from tools.torchscript import mean_slopes
 
 # Affine functions of their input, whatever their weights.
 AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity, nn.ZeroPad2d)
@@ -111,7 +111,7 @@ class HoistableClassifier(nn.Module):
 
 
 class PiecewiseLinearClassifier(HoistableClassifier):
-    """The same, of a network whose gradients can be means over stretches of a path, see `mean_slopes`."""
+    """The same, of a network whose gradients can be means over stretches of a path (`tools/torchscript`)."""
 
     @torch.jit.export
     def mean_slope_tail(self, features: Tensor, paired: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def build_served(module: nn.Module) -> nn.Module:
     split = _split_behind_stem(folded)
     if split is None:
         served = PlainClassifier(folded)
-    elif add_mean_slopes(split[1]):
+    elif mean_slopes.add_mean_slopes(split[1]):
         served = PiecewiseLinearClassifier(*split)
     else:
         served = HoistableClassifier(*split)
@@ -459,7 +459,7 @@ def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> Non
 
 def _exporter_sha256() -> str:
     """Of the code that decides what is written."""
-    files = [Path(__file__), Path(__file__).with_name("mean_slopes.py"), Path(lite0.__file__), *CALIBRATIONS]
+    files = [Path(__file__), Path(mean_slopes.__file__), Path(lite0.__file__), *CALIBRATIONS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -32,16 +32,23 @@ from attribution_engine import Explanation, IntegratedGradients, Job
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.faithfulness import curves
+from tools.evaluation.integrals import EXPLAINED_OUTPUTS, load_or_integrate
+from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_inside
+from tools.evaluation.measuring import (
+    default_device,
+    describe_machine,
+    load_engine,
+    load_manifest,
+    medians,
+    relative_distance,
+)
+from tools.evaluation.quality_report import plot, table
 from tools.export import Preprocessing
-from tools.faithfulness import curves
 from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
-from tools.integrals import EXPLAINED_OUTPUTS, load_or_integrate
-from tools.measuring import default_device, describe_machine, load_engine, load_manifest, medians, relative_distance
 from tools.paths import OUTPUTS
-from tools.quality_report import plot, table
 from tools.shapes.dataset import draw_view, view_pixels
-from tools.shapes.localisation import DILATION, dilate, peak_inside, share_inside
 
 METHODS = (
     "gausslegendre",

@@ -1,7 +1,7 @@
 """The real Triton server from the nvidia-pytriton wheel, on this machine: ``python -m tools.server``.
 
-The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/pytorch_backend` stands in for
-the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
+The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/triton/pytorch_backend` stands in
+for the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
 127.0.0.1 only; what is no inference (shared memory, models, logging, tracing) takes a key made at each start. From
 Python:
 
@@ -28,11 +28,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools import triton_options
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.supervisor import Watch, supervise
-from tools.triton_options import ADMIN_HEADER, server_options
-from tools.triton_process import ServerError, TritonProcess
+from tools.triton import options as triton_options
+from tools.triton.options import ADMIN_HEADER, server_options
+from tools.triton.process import ServerError, TritonProcess
+from tools.triton.supervisor import Watch, supervise
 
 HOST = "127.0.0.1"
 
@@ -212,7 +212,7 @@ def _assemble_backends(server: Path, folder: Path) -> Path:
     backends = folder / "backends"
     shutil.copytree(server / "backends" / "python", backends / "python")
     shutil.copy(stub, backends / "python")
-    shutil.copytree(ROOT / "tools" / "pytorch_backend", backends / "pytorch")
+    shutil.copytree(ROOT / "tools" / "triton" / "pytorch_backend", backends / "pytorch")
     return backends
 
 

@@ -19,8 +19,8 @@ import torch
 
 from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
 from tools.bench.load import jpeg_images
+from tools.evaluation.measuring import default_device, describe_machine
 from tools.export import repository_with
-from tools.measuring import default_device, describe_machine
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 
@@ -69,12 +69,12 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
             started["triton"] = stack.enter_context(server_)
         return started["triton"]
 
-    def service() -> server.BaselineService:
+    def service() -> server.PeerService:
         if "service" not in started:
-            started["service"] = stack.enter_context(server.BaselineService())
+            started["service"] = stack.enter_context(server.PeerService())
         return started["service"]
 
-    def both() -> tuple[server.BaselineService, EmbeddedServer, list[bytes]]:
+    def both() -> tuple[server.PeerService, EmbeddedServer, list[bytes]]:
         return service(), triton(), images
 
     many = [32] if device.type == "cuda" else []

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tools.measuring import default_device, describe_machine, relative_distance, write_report
+from tools.evaluation.measuring import default_device, describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
 from tools.quality import HeldOut, Rules
 

@@ -36,9 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tools.export import load_source
-from tools.imagenet.photographs import HELD_OUT, crops, view
-from tools.measuring import (
+from tools.evaluation.measuring import (
     SHAPE,
     default_device,
     describe_machine,
@@ -50,6 +48,8 @@ from tools.measuring import (
     timed,
     write_report,
 )
+from tools.export import load_source
+from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import view_pixels
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from tools.bench.load import image_tensor, jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
 from tools.bench.scaling import settled_metrics
+from tools.evaluation.measuring import describe_machine, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS
 from tools.probe import total
 from tools.server import EmbeddedServer, Ports

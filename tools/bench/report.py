@@ -11,7 +11,7 @@ import matplotlib.ticker
 import numpy as np
 
 from tools.bench import analyzer, engine, sampling, scaling, server, stream
-from tools.measuring import machine_line
+from tools.evaluation.measuring import machine_line
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,24 +31,24 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
     """What the measurements come to, a sentence each."""
     if rows := report.get("throughput"):
         clients = max(row["clients"] for row in rows if row["clients"] in (4, 8, 32))
-        base = next(row for row in rows if row["contender"] == server.BASELINE and row["clients"] == clients)
-        for row, times in zip(rows, server.times_baseline(rows)):
+        base = next(row for row in rows if row["contender"] == server.PEER and row["clients"] == clients)
+        for row, times in zip(rows, server.times_peer(rows)):
             if row["clients"] == clients and row is not base:
                 yield (
                     f"`{row['contender']}`, {clients} clients: {times:.2f} times the explanations a second of "
-                    f"{server.BASELINE}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
+                    f"{server.PEER}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
                 )
         if profile := report.get("engine", {}).get("profile"):
             rate, peak = (profile[f"{name}_gflop_per_second"] for name in ("achieved", "matrix_product_peak"))
             most = rate / profile["gflop_per_row"] / server.N_STEPS
             yield (
                 f"The engine's passes alone, as timed in one process at {rate:.0f} GFLOP/s ({rate / peak:.0%} of a "
-                f"large matrix product's), would be {most / base['per_second']:.2f} times that baseline's at {clients} "
+                f"large matrix product's), would be {most / base['per_second']:.2f} times the peer's at {clients} "
                 "clients."
             )
     if accuracy := report.get("accuracy"):
         told = (f"{name} {np.median(errors):.4f}" for name, errors in accuracy.items())
-        yield f"Their relative errors, medians of {len(accuracy[server.BASELINE])} images: {'; '.join(told)}."
+        yield f"Their relative errors, medians of {len(accuracy[server.PEER])} images: {'; '.join(told)}."
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
         yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."
@@ -146,7 +146,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
 def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     measured = {row["contender"] for row in rows}
-    contenders = [name for name in (server.BASELINE, *server.CONTENDERS) if name in measured]
+    contenders = [name for name in (server.PEER, *server.CONTENDERS) if name in measured]
     counts = list(dict.fromkeys(row["clients"] for row in rows))
     width = 0.8 / len(contenders)
     for number, (contender, colour) in enumerate(zip(contenders, COLOURS)):

@@ -20,12 +20,12 @@ from skimage.segmentation import slic
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.faithfulness import curves
+from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_inside
+from tools.evaluation.measuring import default_device, describe_machine, load_engine, timed, write_report
 from tools.export import load_source
-from tools.faithfulness import curves
-from tools.measuring import default_device, describe_machine, load_engine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import draw_view, view_pixels
-from tools.shapes.localisation import DILATION, dilate, peak_inside, share_inside
 
 # Held-out images that nothing else here uses.
 FIRST_VIEW = 2000

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tools.bench.load import image_tensor, run_block, triton_asker
-from tools.measuring import timed
+from tools.evaluation.measuring import timed
 from tools.probe import Series, read_metrics, total
 from tools.server import EmbeddedServer
 from tools.shapes.dataset import draw_scene

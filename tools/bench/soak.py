@@ -29,11 +29,11 @@ from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
 from tools.bench.scaling import settled_metrics
+from tools.evaluation.measuring import describe_machine, relative_distance, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
-from tools.triton_process import SHARED_MEMORY
+from tools.triton.process import SHARED_MEMORY
 
 # Gradients a second that are asked, on average; 2 CPU cores take some 21 beside all else.
 GRADIENTS_PER_SECOND = 19.0

@@ -19,8 +19,8 @@ import numpy as np
 import tritonclient.grpc
 
 from tools.bench.load import image_tensor, jpeg_images, saturated, triton_asker
+from tools.evaluation.measuring import describe_machine, timed, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.triton_options import ENVIRONMENT, Ports, server_options
+from tools.triton.options import ENVIRONMENT, Ports, server_options
 
 # What answers predictions alone, for a server that shall not explain.
 CLASSIFYING = ("preprocess", "classifier", "classify")

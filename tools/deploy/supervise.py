@@ -13,9 +13,9 @@ import sys
 
 from tools.deploy.serve import SettingError, command, ports, stop_seconds, whole_number
 from tools.probe import served_model
-from tools.supervisor import Watch, supervise
-from tools.triton_options import ENVIRONMENT, Ports
-from tools.triton_process import ServerError, TritonProcess
+from tools.triton.options import ENVIRONMENT, Ports
+from tools.triton.process import ServerError, TritonProcess
+from tools.triton.supervisor import Watch, supervise
 
 START_SECONDS = 300.0
 HOST = "127.0.0.1"

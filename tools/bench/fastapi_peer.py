@@ -3,7 +3,7 @@
 Written as public examples are: the eager model as torchvision builds it, ``IntegratedGradients(model).attribute`` in a
 thread of its own for each request, attributions as a JSON list of floats.
 
-    uvicorn tools.baseline.service:app --port 8100
+    uvicorn tools.bench.fastapi_peer:app --port 8100
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def explain_scene(client: ExplainClient, index: int) -> tuple[Scene, Explanation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes.localisation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluation.localisation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--images", type=int, default=200)
     arguments = parser.parse_args()
     shares, peaks, mask_shares, seen = [], [], [], 0

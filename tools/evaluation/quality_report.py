@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from tools.measuring import machine_line
+from tools.evaluation.measuring import machine_line
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

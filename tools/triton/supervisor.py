@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tools.probe import ProbeError, probe_patiently
-from tools.triton_process import ServerError, TritonProcess
+from tools.triton.process import ServerError, TritonProcess
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-from tools.triton_options import Ports
+from tools.triton.options import Ports
 
 SHARED_MEMORY = Path("/dev/shm")
 # Triton 2.51 gives up by itself after its exit timeout, or crashes and stays.
