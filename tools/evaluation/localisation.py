@@ -8,7 +8,6 @@ inside, with the mask's own share of the image beside them. Masks are dilated, b
 from __future__ import annotations
 
 import argparse
-import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +17,7 @@ from torchvision.transforms.functional import center_crop, gaussian_blur
 from tqdm import tqdm
 
 from explain_client import ExplainClient, Explanation
+from tools.evaluation.image_files import encode
 from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -54,9 +54,7 @@ def explain_scene(client: ExplainClient, index: int) -> tuple[Scene, Explanation
     """Scene ``index`` of the test split, and the server's explanation of it."""
     # At 256 pixels `preprocess` resizes nothing and crops the centre, so masks stay aligned to the pixel.
     scene = draw_scene("test", index, size=256)
-    file = io.BytesIO()
-    Image.fromarray(scene.image).save(file, "PNG")
-    return scene, client.explain(file.getvalue())
+    return scene, client.explain(encode(Image.fromarray(scene.image)))
 
 
 def main() -> None:

@@ -96,14 +96,12 @@ class MeanSlopeMaxPool(nn.Module):
         changes = (places[:-1] != places[1:]) & paired[:-1].view(-1, 1, 1, 1)
         changes = changes.permute(0, 2, 3, 1).reshape(-1)  # as channels_last lies in memory
         if inputs.is_cuda:  # all places: their number must not depend on the data where passes are captured
-            return _share_gradients(
-                inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes
-            )
+            return share_gradients(inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes)
         changed = changes.nonzero()[:, 0]
-        return _share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
+        return share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
 
 
-def _share_gradients(
+def share_gradients(
     inputs: Tensor, values: Tensor, leaders: Tensor, at: Tensor, is_changed: Tensor, tiny: float = 1e-30
 ) -> Tensor:
     """``values`` of max pooling whose gradient goes to two places of ``inputs`` each, where ``is_changed``.

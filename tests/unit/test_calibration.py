@@ -17,7 +17,7 @@ from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
 from tools.evaluation.integrals import integrate
 from tools.export import Preprocessing, build_served
 from tools.shapes.checkpoint import DEMO_CALIBRATION
-from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, _share_gradients
+from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, share_gradients
 
 FLAT = torch.ones(1).double()
 LAW = {"scale": 1.0, "order": 1.5, "margin": 1.3}
@@ -255,20 +255,20 @@ def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
     activated = MeanSlopeActivation(torch.nn.ReLU())(inputs, paired)
     values, places = torch.nn.functional.max_pool2d_with_indices(activated, 2)
     changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
-    shared = _share_gradients(activated, values, places, torch.arange(changes.numel()), changes)
+    shared = share_gradients(activated, values, places, torch.arange(changes.numel()), changes)
     torch.testing.assert_close(shared, values)
     (gradient,) = torch.autograd.grad(shared.sum(), inputs)
     assert gradient.isfinite().all()
 
 
-def test_every_place_or_only_changed_ones_share_gradients_alike():
+def test_every_place_or_only_changed_onesshare_gradients_alike():
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 6, 6).requires_grad_()
     paired = torch.tensor([True, True, False])
     values, places = torch.nn.functional.max_pool2d_with_indices(inputs, 2)
     changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
     assert 0 < changes.sum() < changes.numel()
-    everywhere = _share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
+    everywhere = share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
     pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
     weights = torch.randn_like(values)
     (found,) = torch.autograd.grad((everywhere * weights).sum(), inputs)

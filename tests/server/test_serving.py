@@ -14,33 +14,11 @@ import pytest
 import torch
 import tritonclient.grpc
 from conftest import MEAN, STD, encode, relative_distance, scene_image, scene_pixels
+from live_server import OUTPUTS, executed_batches, infer, wait_for_batches
 from path_baselines import Baselines
 from PIL import Image
 
-OUTPUTS = (
-    "PROBABILITIES",
-    "EXPLAINED_CLASS",
-    "ATTRIBUTIONS",
-    "SALIENCY",
-    "CONVERGENCE_DELTA",
-    "N_STEPS",
-    "ERROR_ESTIMATE",
-    "HEATMAP",
-)
 BASELINES = Baselines(list(MEAN), list(STD))
-
-
-def infer(triton, images, targets=None, outputs=OUTPUTS, model="explain", timeout_seconds=None, **parameters):
-    """One request for a list of encoded images; output name -> array [n, ...]."""
-    inputs = [tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")]
-    inputs[0].set_data_from_numpy(np.array(images, np.object_)[:, None])
-    if targets is not None:
-        inputs.append(tritonclient.grpc.InferInput("TARGET", [len(images), 1], "INT64"))
-        inputs[-1].set_data_from_numpy(np.array(targets, np.int64)[:, None])
-    requested = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
-    timeout = timeout_seconds and int(1e6 * timeout_seconds)
-    result = triton.infer(model, inputs, outputs=requested, parameters=parameters, timeout=timeout)
-    return {name: result.as_numpy(name) for name in outputs}
 
 
 def tensor_inputs(pixels, logits):
@@ -50,20 +28,6 @@ def tensor_inputs(pixels, logits):
         inputs.append(tritonclient.grpc.InferInput(name, list(tensor.shape), "FP32"))
         inputs[-1].set_data_from_numpy(tensor.numpy())
     return inputs
-
-
-def executed_batches(triton, model) -> dict[int, int]:
-    """Batch size -> how many batches of that size the model has executed."""
-    statistics = triton.get_inference_statistics(model).model_stats[0]
-    return {entry.batch_size: entry.compute_infer.count for entry in statistics.batch_stats}
-
-
-def wait_for_batches(triton, model, size, count):
-    """Until the model has executed so many batches of a size: a batch counts after its last response."""
-    deadline = time.monotonic() + 10
-    while executed_batches(triton, model).get(size, 0) < count and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert executed_batches(triton, model).get(size, 0) == count
 
 
 @pytest.fixture(scope="module")

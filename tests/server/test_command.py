@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import scene_image
 from PIL import Image
-from test_client import Scripted, scripted_server
-from tritonclient.grpc import service_pb2
 
-from explain_client.doctor import diagnose
 from explain_client.runs import find_sources
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.server import EmbeddedServer, Ports
@@ -185,29 +182,6 @@ def test_doctor_names_models_that_are_missing_or_not_ready(tmp_path):
     assert "FAULT classify: the server has no model 'classify'" in said
     assert "FAULT explain: model 'explain' is not ready" in said
     assert "FAULT explain_stream: the server has no model 'explain_stream'" in said
-
-
-class Old(Scripted):
-    """A server of another age, with models of another contract."""
-
-    def ServerMetadata(self, request, context):  # noqa: N802
-        return service_pb2.ServerMetadataResponse(name="triton", version="2.30.0")
-
-    def ModelMetadata(self, request, context):  # noqa: N802
-        outputs = [service_pb2.ModelMetadataResponse.TensorMetadata(name="PROBABILITIES", datatype="FP32")]
-        return service_pb2.ModelMetadataResponse(name=request.name, outputs=outputs)
-
-    def ModelReady(self, request, context):  # noqa: N802
-        return service_pb2.ModelReadyResponse(ready=request.name != "classify")
-
-
-def test_doctor_names_versions_that_do_not_fit():
-    with scripted_server(0, Old) as (_, url):
-        found = {finding.name: finding for finding in diagnose(url)}
-    assert "triton 2.30.0 is not what this client was made for: 2.51 or newer" in found["version"].message
-    assert "'classify' is not ready" in found["classify"].message
-    assert "no output ATTRIBUTIONS, CONVERGENCE_DELTA" in found["explain"].message
-    assert not any(finding.is_good for finding in found.values())
 
 
 def resident_kb(process: subprocess.Popen) -> int:

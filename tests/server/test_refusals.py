@@ -11,12 +11,12 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from conftest import encode, relative_distance, scene_image
-from test_serving import executed_batches, infer, wait_for_batches
-from test_streaming import Stream, rows_passed
+from live_server import Stream, executed_batches, infer, rows_passed, wait_for_batches
+from refusal_cases import INVALID_ARGUMENT, cases
 from tritonclient.utils import InferenceServerException
 
 from explain_client.errors import from_stream
-from tools.refusals import DOCUMENT, INVALID_ARGUMENT, cases, table
+from tools.refusals import DOCUMENT, table
 
 CASES = cases()
 

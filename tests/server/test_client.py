@@ -1,25 +1,19 @@
 """The client library, against the live server."""
 
 import asyncio
-import contextlib
 import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from conftest import encode, relative_distance, scene_image, scene_pixels
+from live_server import infer, rows_passed
 from PIL import Image
-from test_serving import infer
-from test_streaming import rows_passed
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from explain_client import (
     AsyncExplainClient,
@@ -32,7 +26,6 @@ from explain_client import (
     UnavailableError,
 )
 from explain_client.images import as_seen
-from explain_client.retries import Attempts
 from tools.paths import ROOT
 from tools.shapes.dataset import CLASSES, draw_scene
 
@@ -251,65 +244,6 @@ def test_restricted_shared_memory_without_the_key_is_an_error(server):
     client = TensorClient(server.grpc_url, shared_memory="system")
     with client, pytest.raises(UnavailableError, match="restricted"):
         client.classify(pixels)
-
-
-class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A gRPC server that says what it is told to: Triton itself is not unavailable on demand."""
-
-    def __init__(self, unavailable: int) -> None:
-        self.unavailable, self.asked = unavailable, 0
-
-    def ModelInfer(self, request, context):  # noqa: N802
-        self.asked += 1
-        if self.asked <= self.unavailable:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "no room")
-        response = service_pb2.ModelInferResponse(model_name=request.model_name)
-        output = response.outputs.add(name="PROBABILITIES", datatype="BYTES", shape=[1, 1])
-        output.contents.bytes_contents.append(b"0.75:3:star")
-        return response
-
-
-@contextlib.contextmanager
-def scripted_server(unavailable: int, kind: type[Scripted] = Scripted) -> Iterator[tuple[Scripted, str]]:
-    servicer = kind(unavailable)
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    server.stop(0).wait()
-
-
-@pytest.mark.parametrize(("unavailable", "asked"), [(0, 1), (2, 3), (3, 3)])
-def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable, asked):
-    async def classify(url):
-        async with AsyncExplainClient(url, timeout=20) as client:
-            return await client.classify(b"image")
-
-    for run in (lambda url: ExplainClient(url, timeout=20).classify(b"image"), lambda url: asyncio.run(classify(url))):
-        with scripted_server(unavailable) as (servicer, url):
-            if unavailable < 3:
-                assert run(url)[0].label == "star"
-            else:
-                with pytest.raises(UnavailableError, match="no room"):
-                    run(url)
-            assert servicer.asked == asked
-
-
-def test_attempts_end_with_the_time():
-    attempts = Attempts(timeout=0.01, retries=5)
-    time.sleep(0.02)
-    with pytest.raises(TimedOutError, match="no room"):
-        attempts.delay_after(UnavailableError("no room"))
-    with pytest.raises(RefusedError):
-        Attempts(10, 5).delay_after(RefusedError("no"))
-
-
-def test_the_client_needs_nothing_of_the_servers():
-    """Its own requirements bring neither torch nor the server; this shows that it imports neither."""
-    code = "import explain_client.cli, sys; print({'torch', 'captum', 'pytriton'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
 
 
 def test_readme_examples_run_as_printed(server, image_file, tmp_path):

@@ -9,9 +9,9 @@ import httpx
 import numpy as np
 import pytest
 from conftest import relative_distance
-from test_serving import infer
+from live_server import infer
 
-from tools.bench.load import jpeg_images, run_block, saturated
+from tools.bench.load import jpeg_images
 from tools.bench.perf import read_profile, run
 from tools.bench.server import PeerService
 from tools.paths import ROOT
@@ -49,28 +49,3 @@ def test_the_wrapper_of_perf_analyzer_takes_its_options(server):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "throughput" in found.stdout
-
-
-def test_blocks_count_what_clients_saw():
-    asked = []
-
-    def make_asker():
-        return lambda number: asked.append(number) or 10
-
-    block = run_block(make_asker, clients=3, requests=7)
-    assert sorted(asked) == list(range(7))
-    assert (len(block.seconds), block.sizes) == (7, [10] * 7)
-    assert len(run_block(make_asker, clients=1, requests=5, most_seconds=-1).seconds) == 0
-
-
-def test_failures_of_clients_fail_the_block():
-    def make_asker():
-        def ask(number):
-            raise RuntimeError("no answer")
-
-        return ask
-
-    with pytest.raises(RuntimeError, match="no answer"):
-        run_block(make_asker, clients=2, requests=3)
-    with pytest.raises(RuntimeError, match="no answer"), saturated(make_asker, clients=2):
-        pass

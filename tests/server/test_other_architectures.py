@@ -6,8 +6,9 @@ import captum.attr
 import pytest
 import torch
 import tritonclient.grpc
-from conftest import encode, relative_distance, scene_image, scene_pixels, untrained
-from test_serving import BASELINES, infer
+from conftest import MEAN, STD, encode, relative_distance, scene_image, scene_pixels, untrained
+from live_server import infer
+from path_baselines import Baselines
 
 from tools.export import export, load_source
 from tools.paths import MODEL_REPOSITORY
@@ -38,7 +39,7 @@ def test_repository_serves_another_architecture(tmp_path, architecture):
         found = infer(triton, [encode(scene_image(0))], [3], n_steps=4, baseline=baseline)
 
     image = scene_pixels(0)[None]
-    start = BASELINES.make(baseline, image[0])[None]
+    start = Baselines(list(MEAN), list(STD)).make(baseline, image[0])[None]
     with torch.no_grad():
         probabilities = model(image).softmax(dim=1)
     torch.testing.assert_close(torch.tensor(found["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)

@@ -1,78 +1,16 @@
 """`explain_stream`, on the live server."""
 
-import queue
 import re
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import tritonclient.grpc
-from attribution_metrics import FLUSH_SECONDS
 from conftest import encode, relative_distance, scene_image
-from test_serving import infer
+from live_server import Stream, infer, rows_passed
 
 PREDICTION = {"PROBABILITIES", "EXPLAINED_CLASS"}
 ATTRIBUTION = {"ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP"}
-
-
-@dataclass
-class Heard:
-    """What a stream said: outputs of each response, then the error if it ended in one."""
-
-    responses: list[dict[str, np.ndarray]] = field(default_factory=list)
-    finals: list[bool] = field(default_factory=list)
-    error: Exception | None = None
-
-
-class Stream:
-    """One request on a gRPC stream of its own."""
-
-    def __init__(self, server, images, targets=None, outputs=None, timeout_seconds=None, **parameters):
-        self._said = queue.Queue()
-        self.client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-        self.client.start_stream(callback=lambda result, error: self._said.put((result, error)))
-        inputs = [tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")]
-        inputs[0].set_data_from_numpy(np.array(images, np.object_)[:, None])
-        if targets is not None:
-            inputs.append(tritonclient.grpc.InferInput("TARGET", [len(targets), 1], "INT64"))
-            inputs[-1].set_data_from_numpy(np.array(targets, np.int64)[:, None])
-        requested = outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
-        timeout = timeout_seconds and int(1e6 * timeout_seconds)
-        self.client.async_stream_infer(
-            "explain_stream", inputs, outputs=requested, parameters=parameters, timeout=timeout
-        )
-
-    def next(self):
-        result, error = self._said.get(timeout=60)
-        if error is not None:
-            return error
-        response = result.get_response()
-        final = response.parameters["triton_final_response"].bool_param
-        return {output.name: result.as_numpy(output.name) for output in response.outputs}, final
-
-    def hear(self) -> Heard:
-        """All of it; the connection is closed."""
-        heard = Heard()
-        while not heard.finals or not heard.finals[-1]:
-            said = self.next()
-            if isinstance(said, Exception):
-                heard.error = said
-                break
-            heard.responses.append(said[0])
-            heard.finals.append(said[1])
-        self.client.stop_stream()
-        self.client.close()
-        return heard
-
-
-def rows_passed(server) -> int:
-    """The rows that `integrated_gradients` has counted, once it has told the server of them."""
-    time.sleep(4 * FLUSH_SECONDS)
-    text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
-    return int(float(re.search(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[1]))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-"""The demo's images, checkpoint and localisation measure."""
+"""The drawn shapes, their checkpoint and its training."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import relative_distance
 
-from tools.evaluation import localisation
 from tools.shapes.checkpoint import DEMO_CHECKPOINT, load_dequantized, save_quantized
 from tools.shapes.dataset import CLASSES, draw_scene, draw_view, view_pixels
 from tools.shapes.train import STAGES, accuracy, compute_losses
@@ -79,18 +78,3 @@ def test_localised_stages_penalise_relevance_outside_the_shape(eager_model):
     assert everywhere == 0
     assert 0 < share < nowhere
     assert nowhere.item() == pytest.approx(1)
-
-
-def test_localisation_measures():
-    mask = np.zeros((224, 224), bool)
-    mask[100:120, 100:120] = True
-    grown = localisation.dilate(mask, 8)
-    assert grown[92, 110]
-    assert not grown[91, 110]
-    assert not grown[93, 93]  # a disc, not a square
-    saliency = np.random.default_rng(0).normal(0, 0.01, (224, 224)).astype(np.float32)
-    saliency[95:125, 95:125] += 1
-    assert localisation.share_inside(saliency, grown) > 0.9
-    assert localisation.peak_inside(saliency, grown)
-    assert localisation.share_inside(-saliency, grown) < 0.1
-    assert not localisation.peak_inside(-saliency, grown)

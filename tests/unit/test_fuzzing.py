@@ -11,14 +11,12 @@ import random
 import string
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import pytest
 from attribution_parameters import AttributionParameters, Limits, ParameterError, parse_parameters
-from conftest import encode, scene_image
 from heatmap_parameters import HeatmapParameters
 from heatmap_parameters import ParameterError as HeatmapParameterError
 from heatmap_parameters import parse_parameters as parse_heatmap_parameters
@@ -26,11 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
+from malformed_images import FILES, mutate
 from stream_levels import plan_stream
-from test_serving import infer
-from tritonclient.utils import InferenceServerException
-
-from tools.triton.process import SHARED_MEMORY
 
 T = TypeVar("T")
 QUICK, THOROUGH = 2_000, 50_000
@@ -124,58 +119,6 @@ def check_parameters(sent: dict) -> None:
     assert isinstance(drawn, str) or 50 <= drawn.clip_percentile <= 100
 
 
-# Lengths and sizes that parsers do not expect.
-NUMBER_BYTES = (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\x01")
-
-
-def mutate(file: bytes, seed: int) -> bytes:
-    """A file with a few bytes changed, parts left out, doubled or taken from elsewhere in it."""
-    generator = random.Random(seed)
-    content = bytearray(file)
-    for _ in range(generator.randint(1, 6)):
-        at = generator.randrange(len(content) or 1)
-        length = generator.choice((1, 2, 4, generator.randint(1, 400)))
-        match generator.randrange(7):
-            case 0:
-                content[at : at + 1] = bytes([generator.randrange(256)])
-            case 1:
-                content[at : at + length] = generator.randbytes(length)
-            case 2:
-                del content[at : at + length]
-            case 3:
-                content[at:at] = content[at : at + length]
-            case 4:
-                content[at : at + 4] = generator.choice(
-                    (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\x01")
-                )
-            case 6:  # what takes time is often what comes often
-                content[at:at] = content[at : at + length] * generator.randint(2, 300)
-            case 5:  # most that is of interest is at the beginning
-                content[at % 64 : at % 64 + 1] = bytes([generator.randrange(256)])
-    return bytes(content)
-
-
-def small_files() -> list[bytes]:
-    """One small image in each format and in some of its kinds."""
-    scene = scene_image(0, 48)
-    exif = scene.getexif()
-    exif[0x0112] = 6
-    exif[0x010E] = "a description"
-    return [
-        encode(scene, "JPEG", exif=exif, quality=60),
-        encode(scene, "JPEG", progressive=True, quality=60),
-        encode(scene.convert("CMYK"), "JPEG", quality=60),
-        encode(scene, "PNG", exif=exif),
-        encode(scene.convert("P"), "PNG", transparency=bytes(range(256))),
-        encode(scene.convert("I;16") if scene.mode == "L" else scene.convert("L").convert("I;16"), "PNG"),
-        encode(scene, "PNG", save_all=True, append_images=[scene.rotate(90)]),
-        encode(scene, "WEBP", quality=60, exif=exif),
-        encode(scene, "WEBP", lossless=True),
-        encode(scene, "WEBP", save_all=True, append_images=[scene.rotate(90)]),
-    ]
-
-
-FILES = small_files()
 IMAGES = st.one_of(
     st.binary(max_size=500),
     st.builds(lambda file, end: file[:end], st.sampled_from(FILES), st.integers(0, 3000)),
@@ -213,51 +156,3 @@ def test_any_parameters_are_parsed_or_refused(cases):
 def test_any_bytes_are_decoded_or_refused(cases):
     fuzz(IMAGES, check_image, cases)
     assert_no_growth(check_mutated_image, cases)
-
-
-def stubs_of(server) -> dict[int, str]:
-    """Process id -> model of each Python process of the server."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-            command = process.joinpath("cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-        if parent == server.process.pid and b"stub" in command[0]:
-            found[int(process.name)] = command[1].decode()
-    return found
-
-
-def shared_memory_bytes(server) -> int:
-    return sum(region.stat().st_size for region in SHARED_MEMORY.glob(f"{server.region_prefix}*"))
-
-
-def test_mutated_images_leave_the_live_server_as_it_was(server, triton):
-    whole = [encode(scene_image(index)) for index in range(2)]
-
-    def classify(files: list[bytes]) -> np.ndarray:
-        return infer(triton, files, model="classify", outputs=("PROBABILITIES",))["PROBABILITIES"]
-
-    def ask(seed: int) -> str:
-        file = mutate(FILES[seed % len(FILES)], seed)
-        try:
-            is_answered = bool(np.isfinite(classify([file])).all())
-        except InferenceServerException as refusal:
-            return f"{refusal.status()} {refusal.message()}"
-        return "answered" if is_answered else "not finite"
-
-    expected = classify(whole)
-    with ThreadPoolExecutor(8) as pool:
-        classify(whole * 8)  # more at once than eight clients ask: buffers of that size are there from now on
-        list(pool.map(ask, range(-200, 0)))
-        stubs, shared = stubs_of(server), shared_memory_bytes(server)
-        said = list(pool.map(ask, range(2000)))
-    answered = said.count("answered")
-    refusals = [each for each in said if each != "answered"]
-    assert all(each.startswith("StatusCode.INVALID_ARGUMENT") and "IMAGE" in each for each in refusals)
-    assert min(answered, len(refusals)) > 200  # the corpus is neither all sound nor all broken
-    assert stubs
-    assert stubs_of(server) == stubs
-    assert shared_memory_bytes(server) <= shared
-    np.testing.assert_allclose(classify(whole), expected, atol=1e-5)

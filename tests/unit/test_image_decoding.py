@@ -14,9 +14,8 @@ from image_structure import (
     ImageError,
     check_structure,
 )
+from malformed_images import jpeg_of_scans, png_of_size, with_segments
 from PIL import Image, ImageCms, ImageOps
-
-from tools.refusals import jpeg_of_scans, png_of_size, with_segments
 
 LIMITS = ImageLimits()
 

@@ -9,10 +9,9 @@ import torch
 import tritonclient.grpc
 from attribution_engine import IntegratedGradients, Job
 from conftest import encode, relative_distance
+from live_server import Stream, infer
 from path_density import PathDensity
 from PIL import Image
-from test_serving import infer
-from test_streaming import Stream
 from torchvision import transforms
 
 from tools.evaluation.measuring import load_engine
