@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from programs import run
 
-from tools.deploy.serve import SettingError, command
+from tools.deploy.serve import command
 from tools.paths import ROOT
 from tools.probe import ProbeError, probe
 from tools.server import EmbeddedServer, Ports
-from tools.triton.options import server_options
+from tools.triton.options import SettingError, server_options
 from tools.triton.supervisor import Watch
 
 

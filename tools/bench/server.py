@@ -33,7 +33,8 @@ from tools.bench.processes import memory_sampler
 from tools.evaluation.measuring import describe_machine, relative_distance, write_report
 from tools.export import repository_with
 from tools.paths import OUTPUTS, ROOT
-from tools.server import HOST, EmbeddedServer, Ports
+from tools.server import EmbeddedServer, Ports
+from tools.triton.options import LOCALHOST
 
 N_STEPS = 50
 PEER = f"FastAPI + Captum, {N_STEPS} steps"
@@ -61,10 +62,10 @@ class PeerService:
     """The peer in a process of its own, with uvicorn's defaults."""
 
     def __init__(self) -> None:
-        self.url = f"http://{HOST}:{Ports.free().http}"
+        self.url = f"http://{LOCALHOST}:{Ports.free().http}"
 
     def __enter__(self) -> PeerService:
-        command = [sys.executable, "-m", "uvicorn", "tools.bench.fastapi_peer:app", "--host", HOST]
+        command = [sys.executable, "-m", "uvicorn", "tools.bench.fastapi_peer:app", "--host", LOCALHOST]
         command += ["--port", self.url.rpartition(":")[2], "--log-level", "warning"]
         self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         with httpx.Client() as client:

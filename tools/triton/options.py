@@ -6,12 +6,33 @@ it loads (`tools/deploy/serve.py`). Model configurations are the same files.
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+LOCALHOST = "127.0.0.1"
 
 # What a client that wants predictions does not need, and could harm others with.
 RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
 ADMIN_HEADER = "admin-key"
+
+
+class SettingError(ValueError):
+    """A setting that cannot be; the message names it."""
+
+
+def whole_number(settings: Mapping[str, str], name: str, default: int) -> int:
+    """A setting that is a whole number.
+
+    Raises:
+        SettingError: it is none.
+    """
+    value = settings.get(name) or str(default)
+    if not value.isdecimal():
+        raise SettingError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,29 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str]) -> Ports:
+        """HTTP_PORT, GRPC_PORT and METRICS_PORT, or Triton's defaults.
+
+        Raises:
+            SettingError: one of them is no number.
+        """
+        default = cls()
+        return cls(
+            whole_number(settings, "HTTP_PORT", default.http),
+            whole_number(settings, "GRPC_PORT", default.grpc),
+            whole_number(settings, "METRICS_PORT", default.metrics),
+        )
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Three ports of this machine that nobody listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for each in sockets:
+                each.bind((LOCALHOST, 0))
+            return cls(*(each.getsockname()[1] for each in sockets))
 
 
 def server_options(repository: Path, host: str, ports: Ports, admin_key: str, stop_seconds: int) -> list[str]:

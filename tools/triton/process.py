@@ -10,8 +10,12 @@ import time
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.triton.options import Ports
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHARED_MEMORY = Path("/dev/shm")
 # Triton 2.51 gives up by itself after its exit timeout, or crashes and stays.
@@ -23,7 +27,7 @@ class ServerError(Exception):
 
 
 class TritonProcess:
-    """What the embedded server and the container's have in common; subclasses launch it.
+    """A running Triton server as a context manager; subclasses launch it.
 
     Args:
         host: where it listens.
@@ -44,6 +48,13 @@ class TritonProcess:
     def region_option(self) -> str:
         """The option of ``tritonserver`` that names its shared memory."""
         return f"--backend-config=python,shm-region-prefix-name={self.region_prefix}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         """Start it and wait until it is ready; it may be started again once it has been stopped.

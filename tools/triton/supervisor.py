@@ -5,6 +5,7 @@ Triton 2.51 stays "ready" when a model's process dies (until 26.01), and nothing
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections import deque
@@ -35,6 +36,17 @@ class Watch:
     window: float = 600.0
     # What is asked: `explain`, or `classify` where nothing else is served.
     model: str = "explain"
+
+
+def stop_on_signals() -> None:
+    """Have SIGTERM and SIGINT raise ``KeyboardInterrupt``: once, for a second must not break off the orderly stop."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
 
 
 def supervise(server: TritonProcess, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None) -> None:
