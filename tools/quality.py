@@ -42,8 +42,9 @@ from tools.evaluation.measuring import (
     load_manifest,
     medians,
     relative_distance,
+    rounded,
 )
-from tools.evaluation.quality_report import plot, table
+from tools.evaluation.quality_report import plot, summarise, table
 from tools.export import Preprocessing
 from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
@@ -261,12 +262,12 @@ def main() -> None:
         "network": arguments.network,
         "images": arguments.images,
         "reference_steps": steps,
-        "results": held_out.results(images, arguments.outputs),
+        "rules": summarise(held_out.results(images, arguments.outputs)),
         "seconds": held_out.seconds(list(images.values())[:TIMED_IMAGES]),
         "faithfulness": held_out.faithfulness(images),
     }
     name = f"quality_{arguments.network}"
-    (arguments.folder / f"{name}.json").write_text(json.dumps(report) + "\n")
+    (arguments.folder / f"{name}.json").write_text(json.dumps(rounded(report), indent=1) + "\n")
     (arguments.folder / f"{name}.md").write_text(table(report))
     plot(report, arguments.folder / f"{name}.png")
     print(table(report), end="")

@@ -19,7 +19,7 @@ import torch
 
 from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
 from tools.bench.load import jpeg_images
-from tools.evaluation.measuring import default_device, describe_machine
+from tools.evaluation.measuring import default_device, describe_machine, rounded
 from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
@@ -105,15 +105,6 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
         "accuracy": lambda: server.measure_accuracy(*both()),
         "isolation": lambda: server.measure_isolation(*both(), 100, 20),
     }
-
-
-def rounded(value: Any) -> Any:
-    """The same with numbers to five digits, which is more than they are good for."""
-    if isinstance(value, dict):
-        return {str(key): rounded(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def main() -> None:

@@ -170,7 +170,6 @@ def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) ->
         "batch": batch,
         "n_steps": n_steps,
         "repeats": repeats,
-        "seconds": seconds,
         "median_seconds": typical,
         "times_captum": typical["captum"] / typical["engine"],
         "times_tuned": typical["tuned"] / typical["engine"],
@@ -193,7 +192,7 @@ def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
         }
         for name, taken in interleaved(runs, repeats).items():
             seconds.setdefault(name, []).extend(taken)
-    return {"images": images, "seconds": seconds, "median_seconds": medians(seconds)}
+    return {"images": images, "median_seconds": medians(seconds)}
 
 
 def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
@@ -210,7 +209,6 @@ def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
     typical = medians(seconds)
     return {
         "steps": UNLIKE_STEPS,
-        "seconds": seconds,
         "median_seconds": typical,
         "ratio": typical["unlike"] / typical["equal"],
     }

@@ -10,12 +10,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attribution_engine import IntegratedGradients
 from engine_loading import build_engine
@@ -72,6 +73,23 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def distribution(values: Sequence[float]) -> dict[str, float]:
+    """How many there are, their percentiles and the largest."""
+    if not len(values):
+        return {"count": 0}
+    percentiles = {f"p{part}": float(np.percentile(values, part)) for part in (50, 95, 99)}
+    return {"count": len(values), **percentiles, "most": float(max(values))}
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers to six digits, which is more than they are good for."""
+    if isinstance(value, dict):
+        return {str(key): rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def relative_distance(values: Tensor, reference: Tensor) -> float:
     """Relative L2 distance."""
     return ((values - reference).norm() / reference.norm()).item()
@@ -101,7 +119,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def write_report(report: Mapping[str, Any], markdown: str, file: Path) -> None:
     """Write a report as JSON and print it as Markdown, with the machine before it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(json.dumps(rounded(report), indent=1) + "\n")
     print(machine_line(report["machine"]))
     print(markdown)
     print(f"wrote {file}")

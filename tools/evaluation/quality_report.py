@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from tools.evaluation.measuring import machine_line
+from tools.evaluation.measuring import distribution, machine_line
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,24 +28,43 @@ TOLERANT = ("tolerance", "uncalibrated")
 NEAR = (0.4, 2.5)
 
 
-def values_of(report: dict[str, Any], output: str, rule: str, key: str) -> np.ndarray:
-    """One number of a rule, for each image."""
-    return np.array([entry["rules"][rule][key] for entry in report["results"] if entry["output"] == output])
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each output and rule, what a report says of all images.
+
+    Args:
+        results: an entry for each image and output, with what each rule gave.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for output in dict.fromkeys(entry["output"] for entry in results):
+        own = [entry["rules"] for entry in results if entry["output"] == output]
+        found[output] = {rule: _summarise_rule(rule, [rules[rule] for rules in own]) for rule in own[0]}
+    return found
 
 
-def rules_of(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, kind, setting) of each rule, in order."""
-    return [(name, *name.split()) for name in report["results"][0]["rules"]]
+def _summarise_rule(rule: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+    kind, setting = rule.split()
+    of = {key: np.array([each[key] for each in values]) for key in values[0] if key != "estimate"}
+    found: dict[str, Any] = {key: distribution(of.pop(key)) for key in ("steps", "error")}
+    found |= {f"{key}_p50": float(np.median(each)) for key, each in of.items()}
+    if kind in TOLERANT:
+        error = np.array([each["error"] for each in values])
+        estimate = np.array([each["estimate"] for each in values])
+        found |= {
+            "within_tolerance": float(np.mean(error <= float(setting))),
+            "estimate_over_error_p50": float(np.median(estimate / error)),
+            "estimate_near_error": float(np.mean((estimate >= NEAR[0] * error) & (estimate <= NEAR[1] * error))),
+        }
+    return found
 
 
-def steps_for(report: dict[str, Any], output: str, method: str, error: float) -> float:
+def steps_for(rules: dict[str, dict[str, Any]], method: str, error: float) -> float:
     """Steps that bring a fixed method's 95th percentile down to ``error``.
 
     By lines between measured numbers of steps, and on beyond them, on log scales.
     """
-    measured = [(int(setting), name) for name, kind, setting in rules_of(report) if kind == method]
+    measured = [(int(rule.split()[1]), found) for rule, found in rules.items() if rule.split()[0] == method]
     counts = np.log([count for count, _ in measured])
-    errors = np.log([np.percentile(values_of(report, output, name, "error"), 95) for _, name in measured])
+    errors = np.log([found["error"]["p95"] for _, found in measured])
     slopes = np.diff(errors) / np.diff(counts)
     if np.log(error) >= errors[0]:
         return float(np.exp(counts[0] + (np.log(error) - errors[0]) / slopes[0]))
@@ -57,7 +76,7 @@ def table(report: dict[str, Any]) -> str:
     """Markdown."""
     machine = machine_line(report["machine"])
     lines = [f"`{report['command']}`: {machine}", ""]
-    for output in dict.fromkeys(entry["output"] for entry in report["results"]):
+    for output in report["rules"]:
         lines += _rules_table(report, output)
         lines += _tolerances_table(report, output)
     names = {"deletion": "deletion", "insertion": "insertion"}
@@ -79,60 +98,61 @@ def _rules_table(report: dict[str, Any], output: str) -> Iterable[str]:
         "| gap, median |" + " time |" * timed
     )
     yield "|---" * (8 + timed) + "|"
-    for name, _, _ in rules_of(report):
-        keys = ("steps", "error", "top_1%", "top_5%", "rank_correlation", "gap")
-        steps, error, top_1, top_5, rank, gap = (values_of(report, output, name, key) for key in keys)
-        time = f" {1e3 * report['seconds'][name]:.0f} ms |" if timed else ""
+    for rule, found in report["rules"][output].items():
+        error = found["error"]
+        time = f" {1e3 * report['seconds'][rule]:.0f} ms |" if timed else ""
         yield (
-            f"| {name} | {np.median(steps):.0f} | {np.median(error):.4f} | {np.percentile(error, 95):.4f} "
-            f"| {np.median(top_1):.1%} | {np.median(top_5):.1%} | {np.median(rank):.4f} | {np.median(gap):.4f} |{time}"
+            f"| {rule} | {found['steps']['p50']:.0f} | {error['p50']:.4f} | {error['p95']:.4f} "
+            f"| {found['top_1%_p50']:.1%} | {found['top_5%_p50']:.1%} | {found['rank_correlation_p50']:.4f} "
+            f"| {found['gap_p50']:.4f} |{time}"
         )
     yield ""
 
 
 def _tolerances_table(report: dict[str, Any], output: str) -> Iterable[str]:
-    methods = list(dict.fromkeys(kind for _, kind, _ in rules_of(report) if kind not in TOLERANT))
+    rules = report["rules"][output]
+    methods = [kind for kind in dict.fromkeys(rule.split()[0] for rule in rules) if kind not in TOLERANT]
     captums = [method for method in methods if method != "calibrated"]
     yield (
         "| tolerance | true error, median (95 %) | within it | estimate / error, median | estimate 0.4 to 2.5 times it "
         "| steps, median (95 %) | for the same 95 % error: best of Captum's methods | calibrated |"
     )
     yield "|---" * 8 + "|"
-    for name, kind, setting in rules_of(report):
+    for rule, found in rules.items():
+        kind, setting = rule.split()
         if kind not in TOLERANT:
             continue
-        errors, steps, estimates = (values_of(report, output, name, key) for key in ("error", "steps", "estimate"))
-        high = np.percentile(errors, 95)
-        needed = {method: steps_for(report, output, method, high) for method in methods}
-        best = min(captums, key=needed.get)
-        near = np.mean((estimates >= NEAR[0] * errors) & (estimates <= NEAR[1] * errors))
+        error, steps = found["error"], found["steps"]
+        needed = {method: steps_for(rules, method, error["p95"]) for method in methods}
+        best = min(captums, key=lambda method: needed[method])
         yield (
-            f"| {setting}{', no calibration' * (kind == 'uncalibrated')} | {np.median(errors):.4f} ({high:.4f}) "
-            f"| {np.mean(errors <= float(setting)):.0%} | {np.median(estimates / errors):.2f} | {near:.0%} "
-            f"| {np.median(steps):.0f} ({np.percentile(steps, 95):.0f}) | {needed[best]:.1f} ({best}) "
-            f"| {needed['calibrated']:.1f} |"
+            f"| {setting}{', no calibration' * (kind == 'uncalibrated')} | {error['p50']:.4f} ({error['p95']:.4f}) "
+            f"| {found['within_tolerance']:.0%} | {found['estimate_over_error_p50']:.2f} "
+            f"| {found['estimate_near_error']:.0%} | {steps['p50']:.0f} ({steps['p95']:.0f}) "
+            f"| {needed[best]:.1f} ({best}) | {needed['calibrated']:.1f} |"
         )
     yield ""
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Error against steps: medians as lines, up to the 95th percentile shaded; dots where each tolerance stops."""
-    outputs = list(dict.fromkeys(entry["output"] for entry in report["results"]))
+    outputs = list(report["rules"])
     figure, axes = plt.subplots(1, len(outputs), figsize=(5.6 * len(outputs), 4.4), sharey=True, squeeze=False)
     for axis, output in zip(axes[0], outputs):
         for method, colour in COLOURS.items():
-            own = [(name, setting) for name, kind, setting in rules_of(report) if kind == method]
+            own = {rule: found for rule, found in report["rules"][output].items() if rule.split()[0] == method}
             if not own:
                 continue
-            steps = [np.median(values_of(report, output, name, "steps")) for name, _ in own]
-            errors = [values_of(report, output, name, "error") for name, _ in own]
-            medians, highs = (np.array([np.percentile(each, share) for each in errors]) for share in (50, 95))
+            steps = [found["steps"]["p50"] for found in own.values()]
+            medians, highs = (np.array([found["error"][part] for found in own.values()]) for part in ("p50", "p95"))
             if method in TOLERANT:
                 axis.errorbar(
                     steps, medians, [0 * medians, highs - medians], fmt="o", color=colour, zorder=3, label=method
                 )
-                for (_, setting), x, y in zip(own, steps, medians):
-                    axis.annotate(setting, (x, y), (-6, -11), textcoords="offset points", ha="right", fontsize=8)
+                for rule, x, y in zip(own, steps, medians):
+                    axis.annotate(
+                        rule.split()[1], (x, y), (-6, -11), textcoords="offset points", ha="right", fontsize=8
+                    )
             else:
                 axis.plot(steps, medians, color=colour, label=method)
                 if method in ("calibrated", "gausslegendre"):
