@@ -26,7 +26,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --config-file client/pyproject.toml
+	$(BIN)/mypy
 
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
@@ -70,4 +70,4 @@ constraints: $(INSTALLED)
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
 
 clean:
-	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -105,4 +105,4 @@ def rows_passed(server) -> int:
     """The rows that `integrated_gradients` has counted, once it has told the server of them."""
     time.sleep(4 * FLUSH_SECONDS)
     text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
-    return int(float(re.search(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[1]))
+    return int(float(re.findall(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[0]))

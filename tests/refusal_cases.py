@@ -173,7 +173,7 @@ def _tensor_cases() -> Iterator[Refusal]:
     yield Refusal("Tensors", "`IMAGE` shorter than its length says", "IMAGE", tensors={"IMAGE": ("BYTES", short)})
     huge = _Raw(b"\xff\xff\xff\xff", (1, 1))
     yield Refusal("Tensors", "`IMAGE` of 4 GiB, by its length", "IMAGE", tensors={"IMAGE": ("BYTES", huge)})
-    own = {"model": "integrated_gradients"}
+    own: dict[str, Any] = {"model": "integrated_gradients"}
     for name, value in (("NaN", np.nan), ("infinity", np.inf)):
         yield Refusal("Tensors", f"`PIXELS` with {name}", "PIXELS", tensors={"PIXELS": _pixels(value)}, **own)
         yield Refusal(

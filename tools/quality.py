@@ -38,6 +38,7 @@ from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_i
 from tools.evaluation.measuring import (
     default_device,
     describe_machine,
+    explain,
     load_engine,
     load_manifest,
     medians,
@@ -74,7 +75,7 @@ TOP_SHARES = (0.01, 0.05)
 FIRST_VIEW = 100
 TIMED_IMAGES, TIMED_REPEATS = 2, 3
 # Maps whose faithfulness is measured; a random one, which knows nothing of the image, is added.
-SERVED_MAPS = {
+SERVED_MAPS: dict[str, dict[str, Any]] = {
     "gausslegendre 50": {"method": "gausslegendre", "n_steps": 50},
     "calibrated 20": {"method": "calibrated", "n_steps": 20},
     "tolerance 0.05": {"tolerance": 0.05},
@@ -110,6 +111,7 @@ class HeldOut:
         self.engine = load_engine(device, "ieee", network=network)
         self.uncalibrated = IntegratedGradients(self.engine.network, max_rows=self.engine.max_rows)
         density, manifest = self.engine.density, load_manifest(network)
+        assert density is not None  # `load_engine` loads it
         self.preprocessing = Preprocessing(**manifest["preprocessing"])
         # Integrals are the network's; errors also depend on what places nodes and weighs them.
         self.folder = folder / manifest["weights_sha256"][:12]
@@ -164,9 +166,9 @@ class HeldOut:
         job = self.job(image, output)
         integral = self.integral(name, job)[output]
         calibrated = dict([*self.rules.fixed(job), *self.rules.tolerant(job)])
-        found = dict(zip(calibrated, self.engine.explain(list(calibrated.values()))))
+        found = dict(zip(calibrated, explain(self.engine, list(calibrated.values()))))
         uncalibrated = dict(self.rules.tolerant(job, "uncalibrated"))
-        found |= dict(zip(uncalibrated, self.uncalibrated.explain(list(uncalibrated.values()))))
+        found |= dict(zip(uncalibrated, explain(self.uncalibrated, list(uncalibrated.values()))))
         rules = {rule: compare(explanation, integral) for rule, explanation in found.items()}
         return {"image": name, "output": output, "rules": rules}
 
@@ -180,7 +182,7 @@ class HeldOut:
                 rules += [(self.uncalibrated, each) for each in self.rules.tolerant(job, "uncalibrated")]
                 for engine, (name, each) in rules:
                     started = time.perf_counter()
-                    engine.explain([each])[0].attributions.cpu()
+                    explain(engine, [each])[0].attributions.cpu()
                     if repeat >= 0:
                         taken.setdefault(name, []).append(time.perf_counter() - started)
         return medians(taken)
@@ -191,7 +193,7 @@ class HeldOut:
         generator = torch.Generator().manual_seed(0)
         for index, image in tqdm(images.items(), desc="faithfulness"):
             job = self.job(image, "logit")
-            explained = self.engine.explain([replace(job, **options) for options in SERVED_MAPS.values()])
+            explained = explain(self.engine, [replace(job, **options) for options in SERVED_MAPS.values()])
             maps = {name: each.attributions.sum(dim=0) for name, each in zip(SERVED_MAPS, explained)}
             maps["random"] = torch.rand(maps["gausslegendre 50"].shape, generator=generator).to(self.device)
             for name, saliency in maps.items():
@@ -207,8 +209,9 @@ class HeldOut:
         }
 
 
-def compare(found: Explanation, integral: Tensor) -> dict[str, float]:
+def compare(found: Explanation, integral: Tensor) -> dict[str, float | None]:
     """An explanation against the integral [3, height, width]."""
+    assert found.convergence_delta is not None  # which it is where nobody wants it
     change = found.attributions.sum() - found.convergence_delta
     saliency, exact = found.attributions.sum(dim=0), integral.sum(dim=0)
     return {

@@ -111,10 +111,10 @@ class EmbeddedServer(TritonProcess):
                         f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
                     ) from None
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[bytes]:
         command, environment = self.command_line(Path(self._folder.name))
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb" if self.process is None else "ab") as log:
+        with self.log_file.open("wb" if self._process is None else "ab") as log:
             return subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -167,9 +167,9 @@ def wheel_folder(package: str) -> Path:
         ServerError: it is not installed.
     """
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ServerError("nvidia-pytriton, which carries the Triton server, is not installed; run make serve")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(spec.submodule_search_locations[0])
 
 
 def _assemble_backends(server: Path, folder: Path) -> Path:

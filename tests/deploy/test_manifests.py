@@ -62,7 +62,7 @@ def test_compose_gives_triton_longer_than_triton_gives_requests_and_opens_loopba
 
 
 def _seconds(text: str) -> int:
-    minutes, seconds = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", text).groups()
+    ((minutes, seconds),) = re.findall(r"^(?:(\d+)m)?(?:(\d+)s)?$", text)
     return 60 * int(minutes or 0) + int(seconds or 0)
 
 

@@ -11,8 +11,8 @@ import urllib.request
 import pytest
 
 from tools.paths import MODEL_REPOSITORY, ROOT
-from tools.server import EmbeddedServer, Ports, ServerError
-from tools.triton.process import SHARED_MEMORY
+from tools.server import EmbeddedServer, Ports
+from tools.triton.process import SHARED_MEMORY, ServerError
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ import torch
 import tritonclient.grpc
 from conftest import encode, scene_image
 from live_server import infer
+from path_density import FILE_NAME
 
 from explain_client import ExplainClient, ExplainError, RefusedError
 from tools.bench.overload import measure, with_settings
 from tools.bench.processes import session
 from tools.bench.soak import soak
-from tools.export import FILE_NAME
 from tools.paths import ROOT
 from tools.probe import probe_patiently, read_metrics, total
 from tools.server import EmbeddedServer, Ports

@@ -10,6 +10,8 @@ from attribution_engine import IntegratedGradients, Job
 from conftest import relative_distance, scene_pixels
 from stream_levels import MOST_NODES, Attribution, Level, Sharpening, plan_stream
 
+from tools.evaluation.measuring import explain
+
 
 def nodes_of(level: Level) -> list[int]:
     """The numbers of the nodes that a level's requests take."""
@@ -80,7 +82,8 @@ def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
 
 
 def answer_to(engine: IntegratedGradients, image: torch.Tensor, **options) -> Attribution:
-    (found,) = engine.explain([Job(image, torch.zeros_like(image), 4, **options)])
+    (found,) = explain(engine, [Job(image, torch.zeros_like(image), 4, **options)])
+    assert found.convergence_delta is not None
     return Attribution(
         found.attributions[None].numpy(),
         np.array([[found.convergence_delta.item()]]),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,16 @@ def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
 
 def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
     """What to measure, in order; servers are started when a part first needs them."""
-    device, images, started = default_device(), jpeg_images(), {}
+    device, images = default_device(), jpeg_images()
     repository = repository_with("shapes")
 
+    @cache
     def triton() -> EmbeddedServer:
-        if "triton" not in started:
-            server_ = EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log")
-            started["triton"] = stack.enter_context(server_)
-        return started["triton"]
+        return stack.enter_context(EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log"))
 
+    @cache
     def service() -> server.PeerService:
-        if "service" not in started:
-            started["service"] = stack.enter_context(server.PeerService())
-        return started["service"]
+        return stack.enter_context(server.PeerService())
 
     def both() -> tuple[server.PeerService, EmbeddedServer, list[bytes]]:
         return service(), triton(), images

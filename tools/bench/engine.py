@@ -21,8 +21,9 @@ import copy
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from tools.evaluation.measuring import (
     SHAPE,
     default_device,
     describe_machine,
+    explain,
     interleaved,
     load_engine,
     medians,
@@ -60,7 +62,7 @@ PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
 # Gauss-Legendre's steps, and what reaches about their accuracy or is asked by it.
 ACCURATE_STEPS = 50
-ACCURATE = {
+ACCURATE: dict[str, dict[str, Any]] = {
     "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
     "calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
     "tolerance 0.1": {"tolerance": 0.1, "n_steps": 200},
@@ -118,12 +120,12 @@ class Contestants:
 
     def run_engine(self, batch: int, n_steps: int | tuple[int, ...]) -> None:
         steps = n_steps if isinstance(n_steps, tuple) else (n_steps,) * batch
-        results = self.engine.explain(self.jobs(steps))
+        results = explain(self.engine, self.jobs(steps))
         torch.stack([result.attributions for result in results]).cpu()
 
     def run_options(self, **options: Any) -> None:
         """One image, with whatever options of a job."""
-        (found,) = self.engine.explain([replace(self.jobs((1,))[0], **options)])
+        (found,) = explain(self.engine, [replace(self.jobs((1,))[0], **options)])
         found.attributions.cpu()
 
     def run_captum(self, batch: int, n_steps: int) -> None:
@@ -148,7 +150,7 @@ class Contestants:
     def tune(self) -> None:
         """Choose (b)'s internal batch size."""
         sizes = (5, 8, 10, 16, 25, 50)
-        seconds = {size: [] for size in sizes}
+        seconds: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(3):
             for size in sizes:
                 self.tuned_batch = size
@@ -187,9 +189,9 @@ def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
     for index in range(images):
         one = contestants.of_image(index)
         runs = {
-            "captum": lambda one=one: one.run_captum(1, ACCURATE_STEPS),
-            "tuned": lambda one=one: one.run_tuned(1, ACCURATE_STEPS),
-            **{name: lambda one=one, options=options: one.run_options(**options) for name, options in ACCURATE.items()},
+            "captum": partial(one.run_captum, 1, ACCURATE_STEPS),
+            "tuned": partial(one.run_tuned, 1, ACCURATE_STEPS),
+            **{name: partial(one.run_options, **options) for name, options in ACCURATE.items()},
         }
         for name, taken in interleaved(runs, repeats).items():
             seconds.setdefault(name, []).extend(taken)
@@ -250,7 +252,7 @@ def compare_chunk_sizes(contestants: Contestants, repeats: int) -> dict[str, flo
     """Median seconds of 100 steps at several ``max_rows``, interleaved."""
     sizes = CHUNK_SIZES if contestants.device.type == "cpu" else GPU_CHUNK_SIZES
     sized = {size: Contestants(contestants.device, contestants.precision, 1, size) for size in sizes}
-    seconds = interleaved({str(size): lambda own=own: own.run_engine(1, 100) for size, own in sized.items()}, repeats)
+    seconds = interleaved({str(size): partial(own.run_engine, 1, 100) for size, own in sized.items()}, repeats)
     return medians(seconds)
 
 
@@ -291,11 +293,11 @@ def compare_precisions(
         job = Job(image, torch.zeros_like(image), target, n_steps)
         wide = replace(job, image=job.image.double(), baseline=job.baseline.double())
         integral = replace(wide, n_steps=reference, method="riemann_middle")
-        at_nodes, limit = (exact.explain([each])[0].attributions for each in (wide, integral))
+        at_nodes, limit = (explain(exact, [each])[0].attributions for each in (wide, integral))
         distances["quadrature"].append(relative_distance(at_nodes, limit))
         for precision in precisions:
             allow_tf32(precision)  # a graph captured later must be captured under its own setting
-            (found,) = contestants[precision].engine.explain([job])
+            (found,) = explain(contestants[precision].engine, [job])
             distances[precision].append(relative_distance(found.attributions.double(), at_nodes))
     return medians(distances)
 
@@ -320,7 +322,7 @@ def print_peak(
     run = contestants.run_engine if implementation == "engine" else contestants.run_captum
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before: float = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = _peak_resident_mb()
@@ -441,7 +443,7 @@ def main() -> None:
     cells = [(batch, n) for batch in batches for n in arguments.steps]
     contestants = Contestants(device, arguments.precision, max(8, *batches))
     contestants.tune()
-    measured = {
+    measured: dict[str, Callable[[], Any]] = {
         "rows": lambda: [
             compare(contestants, batch, n, arguments.repeats)
             for batch, n in tqdm([(batch, n) for batch, n in cells if batch * n <= most_rows], desc="cells")

@@ -106,7 +106,7 @@ def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
     ends: Counter[float] = Counter()
     for name, labels, value in series:
         if name == "integrated_gradients_compute_seconds_bucket":
-            ends[float(re.search('le="([^"]+)"', labels)[1])] += value
+            ends[float(re.findall('le="([^"]+)"', labels)[0])] += round(value)
     return ends, total(series, "integrated_gradients_compute_seconds_sum")
 
 
@@ -132,7 +132,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
         failures: list[Exception] = []
         is_over = threading.Event()
 
-        def predict(predictions=predictions, failures=failures, is_over=is_over) -> None:
+        def predict(predictions: list[float], failures: list[Exception], is_over: threading.Event) -> None:
             while not is_over.wait(CLASSIFY_EVERY):
                 started = time.perf_counter()
                 try:
@@ -141,7 +141,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
                 except Exception as failure:
                     failures.append(failure)
 
-        thread = threading.Thread(target=predict)
+        thread = threading.Thread(target=predict, args=(predictions, failures, is_over))
         thread.start()
         ends_before, seconds_before = computing(server)
         with memory_sampler(server.process.pid) as memory:
@@ -193,7 +193,7 @@ def table(report: dict[str, Any]) -> str:
             f"| {refused['count'] / row['offered']:.0%} | {within} | {low:.0f}, {high:.0f} ms "
             f"| {high / idle:.1f} | {row['classify_failures']} | {row['memory_mb']:.0f} MB |"
         )
-    errors = Counter()
+    errors: Counter[str] = Counter()
     for row in report["rows"]:
         errors.update(row["errors"])
     lines += ["", *(f"- {count} x {message}" for message, count in errors.most_common())]

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.ticker
 import numpy as np
+from matplotlib.figure import Figure
 
 from tools.bench import analyzer, engine, sampling, scaling, server, stream
 from tools.evaluation.measuring import machine_line
@@ -139,7 +140,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
     return found
 
 
-def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
+def _plot_throughput(rows: list[dict[str, Any]]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     measured = {row["contender"] for row in rows}
     contenders = [name for name in (server.PEER, *server.CONTENDERS) if name in measured]
@@ -165,7 +166,7 @@ def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
     return figure
 
 
-def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> plt.Figure:
+def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.8 * len(isolation)))
     for place, found in enumerate(isolation.values()):
         for offset, (key, colour) in enumerate((("idle", COLOURS[1]), ("saturated", COLOURS[2]))):
@@ -182,7 +183,7 @@ def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> plt.Figure:
     return figure
 
 
-def _plot_shares(found: dict[str, Any]) -> plt.Figure:
+def _plot_shares(found: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(9, 2.6))
     shares = found["shares_ms"]
     outside = {name: value for name, value in shares.items() if name != "gradients"}
@@ -199,7 +200,7 @@ def _plot_shares(found: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> plt.Figure:
+def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> Figure:
     figure, axes = plt.subplots(1, len(found), figsize=(11, 3.2))
     titles = {"steps": "steps", "batch": "images in a request", "side": "side of the image, pixels"}
     for axis, (kind, values) in zip(axes, found.items()):
@@ -210,7 +211,7 @@ def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> plt.Figure:
     return figure
 
 
-def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
+def _plot_sampling(found: dict[str, Any]) -> Figure:
     maps = {name: values for name, values in found["maps"].items() if name != "random"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.35 * len(maps)), sharey=True)
     colours = [COLOURS[2] if name.startswith("Integrated") else COLOURS[1] for name in maps]
@@ -227,7 +228,7 @@ def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-PLOTS = {
+PLOTS: dict[str, Callable[[Any], Figure]] = {
     "throughput": _plot_throughput,
     "isolation": _plot_isolation,
     "shares": _plot_shares,

@@ -107,7 +107,7 @@ def settled_metrics(server: EmbeddedServer) -> Series:
 
 def _told(server: EmbeddedServer, client: tritonclient.grpc.InferenceServerClient) -> dict[str, float]:
     """Milliseconds so far."""
-    found = {}
+    found: dict[str, float] = {}
     for model in OTHERS:
         statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
         found |= {f"{model} {part}": getattr(statistics, part).ns / 1e6 for part in PARTS}

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,7 @@ def measure_throughput(
     """A row for each contender and number of clients; contenders take turns, ``ROUNDS`` times where that is said."""
     askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
     for name, (outputs, parameters) in CONTENDERS.items():
-        askers[name] = lambda outputs=outputs, parameters=parameters: triton_asker(
-            server.grpc_url, "explain", images, outputs, parameters
-        )
+        askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
     pace = {}
     for name, make_asker in askers.items():
         run_block(make_asker, 1, WARM_UPS)
@@ -259,7 +258,7 @@ def main() -> None:
     images = jpeg_images()
     log = OUTPUTS / "bench" / "triton.log"
     with PeerService() as service, EmbeddedServer(repository, Ports.free(), log_file=log) as server:
-        report = {
+        report: dict[str, Any] = {
             "command": " ".join(["python -m tools.bench.server", *sys.argv[1:]]),
             "machine": describe_machine(),
             "throughput": measure_throughput(service, server, images, arguments.clients, arguments.seconds),

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import tritonclient.grpc
 from tqdm import tqdm
+from tritonclient.utils import InferenceServerException
 
 from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
@@ -107,8 +108,11 @@ class Traffic:
         if kind == "stream":
             *_, last = self._client().explain_stream(self.images[index], **parameters)
             assert isinstance(last, Level)
-            return last.saliency
-        return self._client().explain(self.images[index], **parameters).saliency
+            saliency = last.saliency
+        else:
+            saliency = self._client().explain(self.images[index], **parameters).saliency
+        assert saliency is not None  # it is asked for unless something else is wanted
+        return saliency
 
     def warm_up(self) -> None:
         """As many requests at once as there ever are, of a few kinds in turn; one that fails raises."""
@@ -162,7 +166,7 @@ class Traffic:
                 return "cancelled"
         if not hasattr(self._local, "triton"):
             self._local.triton = tritonclient.grpc.InferenceServerClient(self.url)
-        ended: queue.Queue[Exception | None] = queue.Queue()
+        ended: queue.Queue[InferenceServerException | None] = queue.Queue()
         call = self._local.triton.async_infer(
             "explain",
             [image_tensor(image)],
@@ -205,7 +209,7 @@ def answered_by(server: EmbeddedServer) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, labels, value in settled_metrics(server):
         if name == "nv_inference_request_success":
-            found[re.search('model="([^"]+)"', labels)[1]] += round(value)
+            found[re.findall('model="([^"]+)"', labels)[0]] += round(value)
     return found
 
 
@@ -303,8 +307,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += ["", "| median by fifths of the time | | | | | | an hour |", "|---|---|---|---|---|---|---|"]
     for name, values in report["held_by_fifths"].items():
-        cells = " | ".join(f"{value:.0f}" for value in values)
-        lines.append(f"| {name} | {cells} | {report['slopes'][name]:+.0f} |")
+        medians = " | ".join(f"{value:.0f}" for value in values)
+        lines.append(f"| {name} | {medians} | {report['slopes'][name]:+.0f} |")
     lines += [
         "",
         f"{report['requests']} requests in {report['seconds']:.0f} s, all accounted for: {report['accounted']}; "

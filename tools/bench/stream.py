@@ -12,6 +12,7 @@ import queue
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, cal
 
     def block(condition: str) -> None:
         for number in range(calls):
-            seconds[CALLS[0]][condition].append(timed(lambda number=number: classify(number)))
+            seconds[CALLS[0]][condition].append(timed(partial(classify, number)))
             seconds[CALLS[1]][condition].append(first_response(url, images[number % len(images)]))
             time.sleep(0.3)  # what was under way when it was cancelled comes to its end
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +53,13 @@ def _feature_gradients(
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients behind the stem, in the network's own precision; both outputs share a forward pass."""
     network = engine.network
+    module: Any = network.module  # a scripted module has the methods that were scripted
     with torch.no_grad():
         start, end = network.stem(torch.stack((torch.zeros_like(image), image))).double().split(1)
     for some in nodes.to(image.device).split(engine.max_rows):
         features = torch.lerp(start, end, some.view(-1, *[1] * (start.dim() - 1))).to(image.dtype).requires_grad_()
         with torch.enable_grad(), torch.jit.optimized_execution(False):
-            logits = network.module.tail(features) if network.hoists else network(features)
+            logits = module.tail(features) if network.hoists else network(features)
             scores = {"logit": logits, "probability": logits.softmax(dim=1)}
             sums = {name: score[:, target].sum() for name, score in scores.items()}
         yield {name: torch.autograd.grad(total, features, retain_graph=True)[0] for name, total in sums.items()}

@@ -63,7 +63,10 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=200)
     arguments = parser.parse_args()
-    shares, peaks, mask_shares, seen = [], [], [], 0
+    shares: list[float] = []
+    peaks: list[bool] = []
+    mask_shares: list[float] = []
+    seen = 0
     server = EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "localisation.log")
     with server, ExplainClient(server.grpc_url) as client, ThreadPoolExecutor(CONCURRENCY) as pool:
         progress = tqdm(total=arguments.images, desc="explained", mininterval=2)
@@ -74,6 +77,7 @@ def main() -> None:
                 if explanation.predictions[0].index != scene.label:
                     continue
                 mask = dilate(center_crop(torch.from_numpy(scene.mask), 224).numpy(), DILATION)
+                assert explanation.saliency is not None
                 shares.append(share_inside(explanation.saliency, mask))
                 peaks.append(peak_inside(explanation.saliency, mask))
                 mask_shares.append(mask.mean())

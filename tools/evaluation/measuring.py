@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attribution_engine import IntegratedGradients
+from attribution_engine import Explanation, IntegratedGradients, Job
 from engine_loading import build_engine
 from path_density import FILE_NAME, PathDensity
 from torch import Tensor
@@ -35,7 +35,9 @@ def model_file(network: str = "shapes") -> Path:
 
 def load_manifest(network: str = "shapes") -> dict[str, Any]:
     """What `tools/export` says of that file."""
-    return read_manifest(repository_with(network))
+    manifest = read_manifest(repository_with(network))
+    assert manifest is not None  # `repository_with` has exported it
+    return manifest
 
 
 def load_engine(
@@ -45,6 +47,13 @@ def load_engine(
     file, manifest = model_file(network), load_manifest(network)
     density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
     return build_engine(file, device, SHAPE, max_rows, precision, density)
+
+
+def explain(engine: IntegratedGradients, jobs: Sequence[Job], **options: Any) -> list[Explanation]:
+    """Explanations of jobs that nobody cancels."""
+    found = [each for each in engine.explain(jobs, **options) if each is not None]
+    assert len(found) == len(jobs)
+    return found
 
 
 def default_device() -> torch.device:
@@ -73,7 +82,7 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def distribution(values: Sequence[float]) -> dict[str, float]:
+def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """How many there are, their percentiles and the largest."""
     if not len(values):
         return {"count": 0}

@@ -83,8 +83,9 @@ class MeanSlopeMaxPool(nn.Module):
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
-        self.kernel_size, self.stride, self.padding = pool.kernel_size, pool.stride, pool.padding
-        self.dilation, self.ceil_mode = pool.dilation, pool.ceil_mode
+        self.kernel_size, self.stride = _pair(pool.kernel_size), _pair(pool.stride)
+        self.padding, self.dilation = _pair(pool.padding), _pair(pool.dilation)
+        self.ceil_mode = pool.ceil_mode
 
     def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
         """``inputs`` [n, channels, height, width]; ``paired`` bool [n] or None, for no row."""
@@ -99,6 +100,11 @@ class MeanSlopeMaxPool(nn.Module):
             return share_gradients(inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes)
         changed = changes.nonzero()[:, 0]
         return share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """For height and width."""
+    return (value, value) if isinstance(value, int) else value
 
 
 def share_gradients(

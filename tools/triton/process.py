@@ -39,10 +39,17 @@ class TritonProcess:
     def __init__(self, host: str, ports: Ports, start_seconds: float, stop_seconds: int) -> None:
         self.host, self.ports = host, ports
         self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
-        self.process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.log_hint = ""
         # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
         self.region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """Triton's process, of the last start."""
+        if self._process is None:
+            raise ServerError("the server has not been started")
+        return self._process
 
     @property
     def region_option(self) -> str:
@@ -63,7 +70,7 @@ class TritonProcess:
             ServerError: it cannot start.
         """
         try:
-            self.process = self._launch()
+            self._process = self._launch()
             self._wait_until_ready()
         except BaseException:
             self.stop(0)
@@ -75,7 +82,7 @@ class TritonProcess:
         Args:
             grace_seconds: how long requests in flight may take to finish; None: as long as the server was made for.
         """
-        if self.process is not None:
+        if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -88,7 +95,7 @@ class TritonProcess:
     def remove_shared_memory(self) -> None:
         """Remove what a server that was killed has left."""
         left = [*SHARED_MEMORY.glob(f"{self.region_prefix}*")]
-        if self.process is not None:
+        if self._process is not None:
             left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.notice")
         for region in left:
             region.unlink(missing_ok=True)
@@ -101,7 +108,7 @@ class TritonProcess:
         except OSError:
             return False
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[bytes]:
         """Start the process, the leader of a session of its own: a terminal's Ctrl-C does not reach it."""
         raise NotImplementedError
 

@@ -5,8 +5,11 @@ runs TorchScript files by the same naming convention: inputs ``NAME__0``, ``NAME
 outputs likewise the elements of the returned tuple.
 """
 
+from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
@@ -18,10 +21,10 @@ def _position(name: str) -> int:
 
 class TritonPythonModel:
     @staticmethod
-    def auto_complete_config(config):
+    def auto_complete_config(config: Any) -> Any:
         return config
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.inputs = sorted((tensor["name"] for tensor in config["input"]), key=_position)
         dims = {tensor["name"]: tensor["dims"] for tensor in config["input"]}
@@ -35,7 +38,7 @@ class TritonPythonModel:
         self.module = torch.jit.load(str(file), map_location=self.device).eval()
 
     @torch.inference_mode()
-    def execute(self, requests):
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
         responses = [None] * len(requests)
         batches = {}
         for number, request in enumerate(requests):
