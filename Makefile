@@ -26,7 +26,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --config-file client/pyproject.toml
+	$(BIN)/mypy
 
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)
@@ -51,7 +51,7 @@ quality: $(INSTALLED)
 
 # How much of the heat lies on the shapes, over 200 held-out images.
 localisation: $(INSTALLED)
-	$(BIN)/python -m tools.shapes.localisation
+	$(BIN)/python -m tools.evaluation.localisation
 
 # What is refused and what the answer says: docs/refusals.md, as a server answers now.
 refusals: $(INSTALLED)
@@ -70,4 +70,4 @@ constraints: $(INSTALLED)
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
 
 clean:
-	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

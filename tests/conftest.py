@@ -12,8 +12,8 @@ import tritonclient.grpc
 from PIL import Image
 from torchvision import transforms
 
+from tools.evaluation.image_files import encode as encode
 from tools.export import build_served, load_source, repository_with
-from tools.refusals import encode as encode
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
 

@@ -33,10 +33,10 @@ from richardson_rule import COARSE_SHARE
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.integrals import EXPLAINED_OUTPUTS, integrands
+from tools.evaluation.measuring import SHAPE, default_device, explain
 from tools.export import NETWORKS, Preprocessing, ensure_exported, read_manifest, repository_with
 from tools.imagenet.photographs import CALIBRATION, crops, view
-from tools.integrals import EXPLAINED_OUTPUTS, integrands
-from tools.measuring import SHAPE, default_device
 from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
 
@@ -86,7 +86,7 @@ def attributions(engine: AttributionEngine, image: Tensor, output: str, steps: S
     with torch.no_grad():
         target = int(engine.network(image[None]).argmax())
     job = Job(image, torch.zeros_like(image), target, method="calibrated", probability=output == "probability")
-    found = engine.explain([replace(job, n_steps=count) for count in steps], with_delta=False)
+    found = explain(engine, [replace(job, n_steps=count) for count in steps], with_delta=False)
     return [each.attributions for each in found]
 
 
@@ -102,20 +102,22 @@ def fit_output(
 
     Errors are relative, to an attribution of many steps.
     """
-    references, compared = [], {exponent: [] for exponent in EXPONENTS}
+    references: list[Tensor] = []
+    compared: dict[float, list[float]] = {exponent: [] for exponent in EXPONENTS}
     for image in tqdm(images, desc=f"density, {output}"):
         engine.density = with_exponent(changes, REFERENCE_EXPONENT)
         references += attributions(engine, image, output, [REFERENCE_STEPS])
         for exponent, errors in compared.items():
             engine.density = with_exponent(changes, exponent)
-            (found,) = attributions(engine, image, output, [COMPARED_STEPS])
-            errors.append(((found - references[-1]).norm() / references[-1].norm()).item())
-    exponent = min(EXPONENTS, key=lambda each: np.median(compared[each]))
+            (compared_with,) = attributions(engine, image, output, [COMPARED_STEPS])
+            errors.append(((compared_with - references[-1]).norm() / references[-1].norm()).item())
+    exponent = min(EXPONENTS, key=lambda each: float(np.median(compared[each])))
     engine.density = with_exponent(changes, exponent)
-    errors, differences = [], []
+    all_errors: list[list[float]] = []
+    differences: list[dict[int, float]] = []
     for image, reference in zip(tqdm(images, desc=f"errors, {output}"), references):
         found = dict(zip(LAW_STEPS, attributions(engine, image, output, LAW_STEPS)))
-        errors.append([((each - reference).norm() / reference.norm()).item() for each in found.values()])
+        all_errors.append([((each - reference).norm() / reference.norm()).item() for each in found.values()])
         differences.append(
             {
                 count: ((each - found[round(COARSE_SHARE * count)]).norm() / reference.norm()).item()
@@ -123,7 +125,7 @@ def fit_output(
                 if round(COARSE_SHARE * count) in found
             }
         )
-    return exponent, fit_law(np.array(errors), differences)
+    return exponent, fit_law(np.array(all_errors), differences)
 
 
 def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw:
@@ -149,11 +151,12 @@ def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw
 def load_folder(folder: Path, count: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Images of a folder as `preprocess` shows them to the classifier, [3, 224, 224]; others are reported and left."""
     taken, limits = 0, ImageLimits()
+    mean, std = list(preprocessing.mean), list(preprocessing.std)
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or taken == count:
             continue
         try:
-            pixels = load_pixels(open_image(file.read_bytes(), limits), preprocessing.mean, preprocessing.std, limits)
+            pixels = load_pixels(open_image(file.read_bytes(), limits), mean, std, limits)
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tools.export import ExportError, describe_served, ensure_exported, read_manifest
 from tools.imagenet.photographs import DEMO
 from tools.paths import OUTPUTS
-from tools.server import EmbeddedServer, Ports, ServerError
+from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import CLASSES, draw_scene
+from tools.triton.process import ServerError
 
 DEMO_OUTPUTS = OUTPUTS / "demo"
 REPORT = DEMO_OUTPUTS / "report.html"

@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from tools.imagenet import lite0
-from tools.mean_slopes import add_mean_slopes
 from tools.paths import MODEL_REPOSITORY, OUTPUTS
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequantized
+from tools.torchscript import mean_slopes
 
 # Affine functions of their input, whatever their weights.
 AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity, nn.ZeroPad2d)
@@ -111,7 +112,7 @@ class HoistableClassifier(nn.Module):
 
 
 class PiecewiseLinearClassifier(HoistableClassifier):
-    """The same, of a network whose gradients can be means over stretches of a path, see `mean_slopes`."""
+    """The same, of a network whose gradients can be means over stretches of a path (`tools/torchscript`)."""
 
     @torch.jit.export
     def mean_slope_tail(self, features: Tensor, paired: Tensor) -> Tensor:
@@ -154,14 +155,17 @@ def load_source(weights: str, architecture: str = "resnet18", labels_file: Path 
     path = DEMO_CHECKPOINT if weights == "shapes" else Path(weights)
     if not path.is_file():
         raise ExportError(f"{weights}: no such file; give {', '.join(NETWORKS)} or the path of a checkpoint")
+    own_labels: tuple[str, ...] | None = None
     if path.suffix == ".safetensors":
-        state, labels = load_dequantized(path)
+        state, own_labels = load_dequantized(path)
     else:
-        state, labels = torch.load(path, map_location="cpu", weights_only=True), None
-    classes = len(labels or state[next(reversed(state))])  # torchvision's classifiers end with the bias of their head
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torchvision's classifiers end with the bias of their head.
+    classes = len(own_labels or state[next(reversed(state))])
     if labels_file is not None:
         labels = labels_file.read_text().splitlines()
-    labels = [f"class {index}" for index in range(classes)] if labels is None else list(labels)
+    else:
+        labels = list(own_labels) if own_labels else [f"class {index}" for index in range(classes)]
     if len(labels) != classes:
         raise ExportError(f"{labels_file} has {len(labels)} labels for {classes} classes")
     module = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
@@ -221,16 +225,19 @@ def load_default() -> Source:
 def build_served(module: nn.Module) -> nn.Module:
     """The module to script: batch norm folded, split behind its affine beginning where it has one."""
     folded = fuse(module)
-    for layer in folded.modules():
+    assert isinstance(folded, torch.fx.GraphModule)
+    layers: Iterable[Any] = folded.modules()
+    for layer in layers:
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
     for node in folded.graph.nodes:
         node.type = None  # annotations that are strings mean nothing to TorchScript
     _pool_before_relu(folded)
     split = _split_behind_stem(folded)
+    served: nn.Module
     if split is None:
         served = PlainClassifier(folded)
-    elif add_mean_slopes(split[1]):
+    elif mean_slopes.add_mean_slopes(split[1]):
         served = PiecewiseLinearClassifier(*split)
     else:
         served = HoistableClassifier(*split)
@@ -258,10 +265,10 @@ def _pool_before_relu(network: torch.fx.GraphModule) -> None:
 
 
 def _calls(network: torch.fx.GraphModule, node: torch.fx.Node, layers: type | tuple[type, ...]) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(node.target), layers)
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), layers)
 
 
-def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, nn.Module] | None:
+def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, torch.fx.GraphModule] | None:
     """(stem, tail) of a traced network, or None if its first layer is not affine. Changes ``network``."""
     graph = network.graph
     last = pixels = next(node for node in graph.nodes if node.op == "placeholder")
@@ -340,6 +347,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
         written = Path(folder) / path.name
         scripted.save(str(written))
         difference = verify(torch.jit.load(str(written)), source.module)
+        model_sha256 = _sha256(written)
         manifest = {
             "architecture": source.architecture,
             "network": source.network,
@@ -347,7 +355,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
             "weights": source.weights,
             "weights_sha256": source.sha256,
             "classes": len(source.labels),
-            "model_sha256": _sha256(written),
+            "model_sha256": model_sha256,
             "hoistable": hasattr(scripted, "stem"),
             "mean_slopes": hasattr(scripted, "mean_slope_tail"),
             "difference_from_eager": difference,
@@ -355,11 +363,11 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
             "versions": {name: version(name) for name in ("torch", "torchvision")},
             "exporter_sha256": _exporter_sha256(),
         }
-        _replace_calibration(source, path.parent, manifest["model_sha256"])
+        _replace_calibration(source, path.parent, model_sha256)
         # The model last: a file that is there has its labels and its manifest.
         labels = "".join(f"{label}\n" for label in source.labels)
-        for folder in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
-            (folder / "labels.txt").write_text(labels)
+        for model in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
+            (model / "labels.txt").write_text(labels)
         (path.parent / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         os.replace(written, path)
     return path
@@ -392,7 +400,7 @@ def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = N
         return
     known = manifest.get("network") if manifest and file.is_file() else None
     wanted = known if network is None else _resolved(network)
-    if known and known == wanted:
+    if manifest and known and known == wanted:
         checkpoint = DEMO_CHECKPOINT if known == "shapes" else None if known in NETWORKS else Path(known)
         if checkpoint is not None and not checkpoint.is_file():
             return  # where it came from is gone, and it serves
@@ -459,7 +467,7 @@ def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> Non
 
 def _exporter_sha256() -> str:
     """Of the code that decides what is written."""
-    files = [Path(__file__), Path(__file__).with_name("mean_slopes.py"), Path(lite0.__file__), *CALIBRATIONS]
+    files = [Path(__file__), Path(mean_slopes.__file__), Path(lite0.__file__), *CALIBRATIONS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -480,7 +488,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         source = load_source(arguments.weights, arguments.arch, arguments.labels)
-        given = {name: tuple(getattr(arguments, name)) for name in ("mean", "std") if getattr(arguments, name)}
+        given: dict[str, Any] = {
+            name: tuple(getattr(arguments, name)) for name in ("mean", "std") if getattr(arguments, name)
+        }
         source = replace(source, preprocessing=replace(source.preprocessing, **given))
         path = export(source, arguments.repository)
     except ExportError as error:

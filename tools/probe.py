@@ -96,7 +96,7 @@ def probe_patiently(host: str, port: int, metrics_port: int, model: str = "expla
     except (NoAnswerError, OverloadedError) as failure:
         time.sleep(max(0.0, started + seconds - time.monotonic()))  # in which something must have gone on
         after = _counts(host, metrics_port, model, seconds)
-        if hanging := _hanging(before, after, isinstance(failure, NoAnswerError)):
+        if hanging := hanging_model(before, after, isinstance(failure, NoAnswerError)):
             raise ProbeError(f"{failure}; {hanging} does not go on") from None
         return
     if model != "explain":
@@ -127,7 +127,7 @@ def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
 Counts = dict[str, "tuple[int, int]"]
 
 
-def _hanging(before: Counts, after: Counts, is_stuck: bool) -> str | None:
+def hanging_model(before: Counts, after: Counts, is_stuck: bool) -> str | None:
     """The model that does not go on, by what each had done and had waiting before and after.
 
     Args:

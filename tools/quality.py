@@ -33,16 +33,25 @@ from attribution_job import Explanation, Job
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.faithfulness import curves
+from tools.evaluation.integrals import EXPLAINED_OUTPUTS, load_or_integrate
+from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_inside
+from tools.evaluation.measuring import (
+    default_device,
+    describe_machine,
+    explain,
+    load_engine,
+    load_manifest,
+    medians,
+    relative_distance,
+    rounded,
+)
+from tools.evaluation.quality_report import plot, summarise, table
 from tools.export import Preprocessing
-from tools.faithfulness import curves
 from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
-from tools.integrals import EXPLAINED_OUTPUTS, load_or_integrate
-from tools.measuring import default_device, describe_machine, load_engine, load_manifest, medians, relative_distance
 from tools.paths import OUTPUTS
-from tools.quality_report import plot, table
 from tools.shapes.dataset import draw_view, view_pixels
-from tools.shapes.localisation import DILATION, dilate, peak_inside, share_inside
 
 METHODS = (
     "gausslegendre",
@@ -67,7 +76,7 @@ TOP_SHARES = (0.01, 0.05)
 FIRST_VIEW = 100
 TIMED_IMAGES, TIMED_REPEATS = 2, 3
 # Maps whose faithfulness is measured; a random one, which knows nothing of the image, is added.
-SERVED_MAPS = {
+SERVED_MAPS: dict[str, dict[str, Any]] = {
     "gausslegendre 50": {"method": "gausslegendre", "n_steps": 50},
     "calibrated 20": {"method": "calibrated", "n_steps": 20},
     "tolerance 0.05": {"tolerance": 0.05},
@@ -103,6 +112,7 @@ class HeldOut:
         self.engine = load_engine(device, "ieee", network=network)
         self.uncalibrated = AttributionEngine(self.engine.network, max_rows=self.engine.max_rows)
         density, manifest = self.engine.density, load_manifest(network)
+        assert density is not None  # `load_engine` loads it
         self.preprocessing = Preprocessing(**manifest["preprocessing"])
         # Integrals are the network's; errors also depend on what places nodes and weighs them.
         self.folder = folder / manifest["weights_sha256"][:12]
@@ -160,9 +170,9 @@ class HeldOut:
         job = self.job(image, output)
         integral = self.integral(name, job)[output]
         calibrated = dict([*self.rules.fixed(job), *self.rules.tolerant(job)])
-        found = dict(zip(calibrated, self.engine.explain(list(calibrated.values()))))
+        found = dict(zip(calibrated, explain(self.engine, list(calibrated.values()))))
         uncalibrated = dict(self.rules.tolerant(job, "uncalibrated"))
-        found |= dict(zip(uncalibrated, self.uncalibrated.explain(list(uncalibrated.values()))))
+        found |= dict(zip(uncalibrated, explain(self.uncalibrated, list(uncalibrated.values()))))
         rules = {rule: compare(explanation, integral) for rule, explanation in found.items()}
         return {"image": name, "output": output, "rules": rules}
 
@@ -176,7 +186,7 @@ class HeldOut:
                 rules += [(self.uncalibrated, each) for each in self.rules.tolerant(job, "uncalibrated")]
                 for engine, (name, each) in rules:
                     started = time.perf_counter()
-                    engine.explain([each])[0].attributions.cpu()
+                    explain(engine, [each])[0].attributions.cpu()
                     if repeat >= 0:
                         taken.setdefault(name, []).append(time.perf_counter() - started)
         return medians(taken)
@@ -187,7 +197,7 @@ class HeldOut:
         generator = torch.Generator().manual_seed(0)
         for index, image in tqdm(images.items(), desc="faithfulness"):
             job = self.job(image, "logit")
-            explained = self.engine.explain([replace(job, **options) for options in SERVED_MAPS.values()])
+            explained = explain(self.engine, [replace(job, **options) for options in SERVED_MAPS.values()])
             maps = {name: each.attributions.sum(dim=0) for name, each in zip(SERVED_MAPS, explained)}
             maps["random"] = torch.rand(maps["gausslegendre 50"].shape, generator=generator).to(self.device)
             for name, saliency in maps.items():
@@ -203,8 +213,9 @@ class HeldOut:
         }
 
 
-def compare(found: Explanation, integral: Tensor) -> dict[str, float]:
+def compare(found: Explanation, integral: Tensor) -> dict[str, float | None]:
     """An explanation against the integral [3, height, width]."""
+    assert found.convergence_delta is not None  # which it is where nobody wants it
     change = found.attributions.sum() - found.convergence_delta
     saliency, exact = found.attributions.sum(dim=0), integral.sum(dim=0)
     return {
@@ -258,12 +269,12 @@ def main() -> None:
         "network": arguments.network,
         "images": arguments.images,
         "reference_steps": steps,
-        "results": held_out.results(images, arguments.outputs),
+        "rules": summarise(held_out.results(images, arguments.outputs)),
         "seconds": held_out.seconds(list(images.values())[:TIMED_IMAGES]),
         "faithfulness": held_out.faithfulness(images),
     }
     name = f"quality_{arguments.network}"
-    (arguments.folder / f"{name}.json").write_text(json.dumps(report) + "\n")
+    (arguments.folder / f"{name}.json").write_text(json.dumps(rounded(report), indent=1) + "\n")
     (arguments.folder / f"{name}.md").write_text(table(report))
     plot(report, arguments.folder / f"{name}.png")
     print(table(report), end="")

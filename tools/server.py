@@ -1,7 +1,7 @@
 """The real Triton server from the nvidia-pytriton wheel, on this machine: ``python -m tools.server``.
 
-The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/pytorch_backend` stands in for
-the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
+The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/triton/pytorch_backend` stands in
+for the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
 127.0.0.1 only; what is no inference (shared memory, models, logging, tracing) takes a key made at each start. From
 Python:
 
@@ -18,45 +18,21 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from tools import triton_options
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.supervisor import Watch, supervise
-from tools.triton_options import ADMIN_HEADER, server_options
-from tools.triton_process import ServerError, TritonProcess
+from tools.triton.options import ADMIN_HEADER, ENVIRONMENT, LOCALHOST, SettingError, server_options
+from tools.triton.options import Ports as Ports
+from tools.triton.process import ServerError, TritonProcess
+from tools.triton.supervisor import Watch, stop_on_signals, supervise
 
-HOST = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class Ports(triton_options.Ports):
-    @classmethod
-    def from_environment(cls) -> Ports:
-        """HTTP_PORT, GRPC_PORT and METRICS_PORT, or Triton's defaults."""
-        default = cls()
-        return cls(
-            int(os.environ.get("HTTP_PORT", default.http)),
-            int(os.environ.get("GRPC_PORT", default.grpc)),
-            int(os.environ.get("METRICS_PORT", default.metrics)),
-        )
-
-    @classmethod
-    def free(cls) -> Ports:
-        """Three ports that nobody listens on now."""
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind((HOST, 0))
-            return cls(*(each.getsockname()[1] for each in sockets))
+DEFAULT_PORTS = Ports()
 
 
 class EmbeddedServer(TritonProcess):
@@ -77,28 +53,28 @@ class EmbeddedServer(TritonProcess):
     def __init__(
         self,
         repository: Path = MODEL_REPOSITORY,
-        ports: Ports = Ports(),
+        ports: Ports = DEFAULT_PORTS,
         log_file: Path = OUTPUTS / "triton.log",
         start_seconds: float = 180,
         stop_seconds: int = 30,
         options: Sequence[str] = (),
     ) -> None:
-        super().__init__(HOST, ports, start_seconds, stop_seconds)
+        super().__init__(LOCALHOST, ports, start_seconds, stop_seconds)
         self.repository, self.log_file, self.options = repository, log_file, options
         self.log_hint = f"; see {log_file}"
         self._admin_key = secrets.token_urlsafe(32)
 
     @property
     def http_url(self) -> str:
-        return f"{HOST}:{self.ports.http}"
+        return f"{LOCALHOST}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{HOST}:{self.ports.grpc}"
+        return f"{LOCALHOST}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{HOST}:{self.ports.metrics}/metrics"
+        return f"http://{LOCALHOST}:{self.ports.metrics}/metrics"
 
     @property
     def http_admin_headers(self) -> dict[str, str]:
@@ -109,13 +85,6 @@ class EmbeddedServer(TritonProcess):
     def grpc_admin_headers(self) -> dict[str, str]:
         """What opens the restricted APIs over gRPC."""
         return {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
-
-    def __enter__(self) -> EmbeddedServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Start it and wait until it is ready; it may be started again once it has been stopped.
@@ -136,16 +105,16 @@ class EmbeddedServer(TritonProcess):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((HOST, port))
+                    probe.bind((LOCALHOST, port))
                 except OSError as error:
                     raise ServerError(
                         f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
                     ) from None
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[bytes]:
         command, environment = self.command_line(Path(self._folder.name))
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb" if self.process is None else "ab") as log:
+        with self.log_file.open("wb" if self._process is None else "ab") as log:
             return subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -163,11 +132,11 @@ class EmbeddedServer(TritonProcess):
             f"--backend-directory={_assemble_backends(server, folder)}",
             self.region_option,
             "--model-control-mode=none",
-            *server_options(self.repository, HOST, self.ports, self._admin_key, self.stop_seconds),
+            *server_options(self.repository, LOCALHOST, self.ports, self._admin_key, self.stop_seconds),
             *self.options,
         ]
         environment = {
-            **triton_options.ENVIRONMENT,
+            **ENVIRONMENT,
             **os.environ,
             # The stub takes its environment from the first python3 on PATH.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -198,9 +167,9 @@ def wheel_folder(package: str) -> Path:
         ServerError: it is not installed.
     """
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ServerError("nvidia-pytriton, which carries the Triton server, is not installed; run make serve")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(spec.submodule_search_locations[0])
 
 
 def _assemble_backends(server: Path, folder: Path) -> Path:
@@ -212,7 +181,7 @@ def _assemble_backends(server: Path, folder: Path) -> Path:
     backends = folder / "backends"
     shutil.copytree(server / "backends" / "python", backends / "python")
     shutil.copy(stub, backends / "python")
-    shutil.copytree(ROOT / "tools" / "pytorch_backend", backends / "pytorch")
+    shutil.copytree(ROOT / "tools" / "triton" / "pytorch_backend", backends / "pytorch")
     return backends
 
 
@@ -240,12 +209,11 @@ def main() -> None:
     arguments = parser.parse_args()
     from tools.export import ExportError, describe_served, ensure_exported  # torch takes seconds to import
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+    stop_on_signals()
     try:
         print("starting Triton ...", flush=True)
         ensure_exported(arguments.repository, os.environ.get("NETWORK"))
-        with EmbeddedServer(arguments.repository, Ports.from_environment()) as server, _key_file(server) as key:
+        with EmbeddedServer(arguments.repository, Ports.from_settings(os.environ)) as server, _key_file(server) as key:
             print(f"serves   {describe_served(arguments.repository)}")
             print(f"gRPC     {server.grpc_url}")
             print(f"HTTP     http://{server.http_url}")
@@ -255,7 +223,7 @@ def main() -> None:
             print("ready; Ctrl-C stops it", flush=True)
             watch = Watch(probe_seconds=arguments.probe_seconds, most_restarts=arguments.most_restarts)
             supervise(server, watch, say=lambda message: print(f"server: {message}", flush=True))
-    except (ServerError, ExportError) as error:
+    except (ServerError, SettingError, ExportError) as error:
         sys.exit(f"server: {error}")
     except KeyboardInterrupt:
         print("stopped")
@@ -272,12 +240,6 @@ def _key_file(server: EmbeddedServer) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    # Once: a second signal must not break off the orderly stop.
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

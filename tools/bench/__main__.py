@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 
 from tools.bench import analyzer, engine, report, sampling, scaling, server, stream
 from tools.bench.load import jpeg_images
+from tools.evaluation.measuring import default_device, describe_machine, rounded
 from tools.export import repository_with
-from tools.measuring import default_device, describe_machine
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 
@@ -60,21 +61,18 @@ def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
 
 def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
     """What to measure, in order; servers are started when a part first needs them."""
-    device, images, started = default_device(), jpeg_images(), {}
+    device, images = default_device(), jpeg_images()
     repository = repository_with("shapes")
 
+    @cache
     def triton() -> EmbeddedServer:
-        if "triton" not in started:
-            server_ = EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log")
-            started["triton"] = stack.enter_context(server_)
-        return started["triton"]
+        return stack.enter_context(EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log"))
 
-    def service() -> server.BaselineService:
-        if "service" not in started:
-            started["service"] = stack.enter_context(server.BaselineService())
-        return started["service"]
+    @cache
+    def service() -> server.PeerService:
+        return stack.enter_context(server.PeerService())
 
-    def both() -> tuple[server.BaselineService, EmbeddedServer, list[bytes]]:
+    def both() -> tuple[server.PeerService, EmbeddedServer, list[bytes]]:
         return service(), triton(), images
 
     many = [32] if device.type == "cuda" else []
@@ -105,15 +103,6 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
         "accuracy": lambda: server.measure_accuracy(*both()),
         "isolation": lambda: server.measure_isolation(*both(), 100, 20),
     }
-
-
-def rounded(value: Any) -> Any:
-    """The same with numbers to five digits, which is more than they are good for."""
-    if isinstance(value, dict):
-        return {str(key): rounded(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def main() -> None:

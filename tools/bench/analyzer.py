@@ -10,7 +10,8 @@ import tritonclient.grpc
 from tqdm import tqdm
 
 from tools.bench.perf import read_profile, run
-from tools.server import ADMIN_HEADER, EmbeddedServer
+from tools.server import EmbeddedServer
+from tools.triton.options import ADMIN_HEADER
 
 MODELS = ("preprocess", "classifier", "integrated_gradients", "heatmap")
 N_STEPS = 20

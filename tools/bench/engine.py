@@ -1,6 +1,6 @@
 """``make bench-engine``: the engine against Captum, in one process, interleaved.
 
-Three roads compute the same attributions:
+Three implementations compute the same attributions:
 
 engine  what `integrated_gradients` runs: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given.
 (a)     Captum as its public examples write it: the eager torchvision model as it comes, parameters requiring gradients,
@@ -8,10 +8,10 @@ engine  what `integrated_gradients` runs: TorchScript with folded batch norm, ho
 (b)     Captum tuned by hand: parameters frozen, the TorchScript file, channels_last, ``internal_batch_size`` the best
         of a few tried here.
 
-Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions, the
-share of the machine's measured matrix-product peak, chunk sizes compared, and, on a GPU or with ``--gate-images``, the
-errors of quadrature and of each precision. ``--compiled`` also compares one pass as it is run with the same pass as a
-compiled joint graph of forward and backward (torch.compile; on a CPU it needs a C++ compiler).
+Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions, chunk
+sizes compared, and, on a GPU or with ``--gate-images``, the errors of quadrature and of each precision. ``--compiled``
+also compares one pass as it is run with the same pass as a compiled joint graph of forward and backward (torch.compile;
+on a CPU it needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import copy
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tools.export import load_source
-from tools.imagenet.photographs import HELD_OUT, crops, view
-from tools.measuring import (
+from tools.evaluation.measuring import (
     SHAPE,
     default_device,
     describe_machine,
+    explain,
     interleaved,
     load_engine,
     medians,
@@ -51,6 +51,8 @@ from tools.measuring import (
     timed,
     write_report,
 )
+from tools.export import load_source
+from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import view_pixels
 
@@ -61,7 +63,7 @@ PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
 # Gauss-Legendre's steps, and what reaches about their accuracy or is asked by it.
 ACCURATE_STEPS = 50
-ACCURATE = {
+ACCURATE: dict[str, dict[str, Any]] = {
     "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
     "calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
     "tolerance 0.1": {"tolerance": 0.1, "n_steps": 200},
@@ -69,7 +71,8 @@ ACCURATE = {
     "tolerance 0.02": {"tolerance": 0.02, "n_steps": 200},
 }
 ACCURATE_IMAGES = 4
-# Road, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as it is used.
+# Implementation, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as
+# it is used.
 MEMORY_CASES = {
     "engine, 20 requests of 50 steps": ("engine", 1, 50, 20),
     "engine, 1 request of 1000 steps": ("engine", 1, 1000, 1),
@@ -80,7 +83,7 @@ MEMORY_REPEATS = 3
 
 
 class Contestants:
-    """The three roads over the same images: drawn shapes, or photographs for other networks."""
+    """The three implementations over the same images: drawn shapes, or photographs for other networks."""
 
     def __init__(
         self, device: torch.device, precision: str, batch: int, max_rows: int = 0, network: str = "shapes"
@@ -118,12 +121,12 @@ class Contestants:
 
     def run_engine(self, batch: int, n_steps: int | tuple[int, ...]) -> None:
         steps = n_steps if isinstance(n_steps, tuple) else (n_steps,) * batch
-        results = self.engine.explain(self.jobs(steps))
+        results = explain(self.engine, self.jobs(steps))
         torch.stack([result.attributions for result in results]).cpu()
 
     def run_options(self, **options: Any) -> None:
         """One image, with whatever options of a job."""
-        (found,) = self.engine.explain([replace(self.jobs((1,))[0], **options)])
+        (found,) = explain(self.engine, [replace(self.jobs((1,))[0], **options)])
         found.attributions.cpu()
 
     def run_captum(self, batch: int, n_steps: int) -> None:
@@ -148,7 +151,7 @@ class Contestants:
     def tune(self) -> None:
         """Choose (b)'s internal batch size."""
         sizes = (5, 8, 10, 16, 25, 50)
-        seconds = {size: [] for size in sizes}
+        seconds: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(3):
             for size in sizes:
                 self.tuned_batch = size
@@ -171,7 +174,6 @@ def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) ->
         "batch": batch,
         "n_steps": n_steps,
         "repeats": repeats,
-        "seconds": seconds,
         "median_seconds": typical,
         "times_captum": typical["captum"] / typical["engine"],
         "times_tuned": typical["tuned"] / typical["engine"],
@@ -188,13 +190,13 @@ def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
     for index in range(images):
         one = contestants.of_image(index)
         runs = {
-            "captum": lambda one=one: one.run_captum(1, ACCURATE_STEPS),
-            "tuned": lambda one=one: one.run_tuned(1, ACCURATE_STEPS),
-            **{name: lambda one=one, options=options: one.run_options(**options) for name, options in ACCURATE.items()},
+            "captum": partial(one.run_captum, 1, ACCURATE_STEPS),
+            "tuned": partial(one.run_tuned, 1, ACCURATE_STEPS),
+            **{name: partial(one.run_options, **options) for name, options in ACCURATE.items()},
         }
         for name, taken in interleaved(runs, repeats).items():
             seconds.setdefault(name, []).extend(taken)
-    return {"images": images, "seconds": seconds, "median_seconds": medians(seconds)}
+    return {"images": images, "median_seconds": medians(seconds)}
 
 
 def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
@@ -211,22 +213,13 @@ def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
     typical = medians(seconds)
     return {
         "steps": UNLIKE_STEPS,
-        "seconds": seconds,
         "median_seconds": typical,
         "ratio": typical["unlike"] / typical["equal"],
     }
 
 
-def matrix_product_peak(device: torch.device) -> float:
-    """GFLOP/s of a float32 product (TF32 where the engine allows it)."""
-    side = 2048 if device.type == "cpu" else 8192
-    one, other = torch.randn(2, side, side, device=device)
-    seconds = [timed(lambda: (one @ other)[0, 0].item()) for _ in range(8)]
-    return 2 * side**3 / min(seconds[1:]) / 1e9
-
-
 def profile_engine(contestants: Contestants) -> dict[str, float]:
-    """Where 50 steps go, and how near their arithmetic comes to the machine's limit."""
+    """Where the time of 50 steps goes, and at what rate they compute."""
     activities = [ProfilerActivity.CPU]
     on_gpu = contestants.device.type == "cuda"
     if on_gpu:
@@ -238,17 +231,13 @@ def profile_engine(contestants: Contestants) -> dict[str, float]:
     names = ("conv", "gemm", "xmma") if on_gpu else ("convolution",)
     convolutions = sum(value for key, value in times.items() if any(name in key for name in names))
     seconds = statistics.median(timed(lambda: contestants.run_engine(1, 50)) for _ in range(3))
-    peak = matrix_product_peak(contestants.device)
     row = example_rows(contestants, 1)
     with FlopCounterMode(display=False) as counter:
         contestants.engine.network.row_gradients(row)
-    achieved = 50 * counter.get_total_flops() / seconds / 1e9
     return {
         "share_of_time_in_convolutions": convolutions / sum(times.values()),
         "gflop_per_row": counter.get_total_flops() / 1e9,
-        "achieved_gflop_per_second": achieved,
-        "matrix_product_peak_gflop_per_second": peak,
-        "share_of_peak": achieved / peak,
+        "achieved_gflop_per_second": 50 * counter.get_total_flops() / seconds / 1e9,
     }
 
 
@@ -264,7 +253,7 @@ def compare_chunk_sizes(contestants: Contestants, repeats: int) -> dict[str, flo
     """Median seconds of 100 steps at several ``max_rows``, interleaved."""
     sizes = CHUNK_SIZES if contestants.device.type == "cpu" else GPU_CHUNK_SIZES
     sized = {size: Contestants(contestants.device, contestants.precision, 1, size) for size in sizes}
-    seconds = interleaved({str(size): lambda own=own: own.run_engine(1, 100) for size, own in sized.items()}, repeats)
+    seconds = interleaved({str(size): partial(own.run_engine, 1, 100) for size, own in sized.items()}, repeats)
     return medians(seconds)
 
 
@@ -305,11 +294,11 @@ def compare_precisions(
         job = Job(image, torch.zeros_like(image), target, n_steps)
         wide = replace(job, image=job.image.double(), baseline=job.baseline.double())
         integral = replace(wide, n_steps=reference, method="riemann_middle")
-        at_nodes, limit = (exact.explain([each])[0].attributions for each in (wide, integral))
+        at_nodes, limit = (explain(exact, [each])[0].attributions for each in (wide, integral))
         distances["quadrature"].append(relative_distance(at_nodes, limit))
         for precision in precisions:
             allow_tf32(precision)  # a graph captured later must be captured under its own setting
-            (found,) = contestants[precision].engine.explain([job])
+            (found,) = explain(contestants[precision].engine, [job])
             distances[precision].append(relative_distance(found.attributions.double(), at_nodes))
     return medians(distances)
 
@@ -326,13 +315,15 @@ def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
     return {name: statistics.median(megabytes) for name, megabytes in seen.items()}
 
 
-def print_peak(device: torch.device, precision: str, road: str, batch: int, n_steps: int, requests: int) -> None:
+def print_peak(
+    device: torch.device, precision: str, implementation: str, batch: int, n_steps: int, requests: int
+) -> None:
     """The measuring process of ``measure_memory``: prints MB."""
     contestants = Contestants(device, precision, batch)
-    run = contestants.run_engine if road == "engine" else contestants.run_captum
+    run = contestants.run_engine if implementation == "engine" else contestants.run_captum
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before: float = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = _peak_resident_mb()
@@ -402,9 +393,8 @@ def _precision_table(report: dict[str, Any]) -> Iterator[str]:
 def _profile_lines(report: dict[str, Any]) -> Iterator[str]:
     found = report["profile"]
     yield (
-        f"{found['share_of_time_in_convolutions']:.0%} of the engine's time is in convolutions; it achieves "
-        f"{found['achieved_gflop_per_second']:.0f} GFLOP/s, {found['share_of_peak']:.0%} of the "
-        f"{found['matrix_product_peak_gflop_per_second']:.0f} GFLOP/s of a large matrix product here."
+        f"{found['share_of_time_in_convolutions']:.0%} of the engine's time is in convolutions; it computes "
+        f"{found['achieved_gflop_per_second']:.0f} GFLOP/s."
     )
 
 
@@ -444,8 +434,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     if arguments.memory_of:
-        road, *numbers = arguments.memory_of
-        print_peak(device, arguments.precision, road, *map(int, numbers))
+        implementation, *numbers = arguments.memory_of
+        print_peak(device, arguments.precision, implementation, *map(int, numbers))
         return
     on_gpu = device.type == "cuda"
     batches = arguments.batches or ([1, 2, 4, 8, 16, 32, 64] if on_gpu else [1, 4, 8])
@@ -454,7 +444,7 @@ def main() -> None:
     cells = [(batch, n) for batch in batches for n in arguments.steps]
     contestants = Contestants(device, arguments.precision, max(8, *batches))
     contestants.tune()
-    measured = {
+    measured: dict[str, Callable[[], Any]] = {
         "rows": lambda: [
             compare(contestants, batch, n, arguments.repeats)
             for batch, n in tqdm([(batch, n) for batch, n in cells if batch * n <= most_rows], desc="cells")

@@ -13,7 +13,7 @@ import numpy as np
 import tritonclient.grpc
 from PIL import Image
 
-from tools.refusals import encode
+from tools.evaluation.image_files import encode
 from tools.shapes.dataset import draw_view
 
 IMAGES = 8

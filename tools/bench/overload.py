@@ -25,8 +25,8 @@ from tqdm import tqdm
 from tools.bench.load import image_tensor, jpeg_images, run_block, triton_asker
 from tools.bench.processes import memory_sampler
 from tools.bench.scaling import settled_metrics
+from tools.evaluation.measuring import describe_machine, distribution, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, write_report
 from tools.paths import OUTPUTS
 from tools.probe import total
 from tools.server import EmbeddedServer, Ports
@@ -106,7 +106,7 @@ def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
     ends: Counter[float] = Counter()
     for name, labels, value in series:
         if name == "integrated_gradients_compute_seconds_bucket":
-            ends[float(re.search('le="([^"]+)"', labels)[1])] += value
+            ends[float(re.findall('le="([^"]+)"', labels)[0])] += round(value)
     return ends, total(series, "integrated_gradients_compute_seconds_sum")
 
 
@@ -132,7 +132,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
         failures: list[Exception] = []
         is_over = threading.Event()
 
-        def predict(predictions=predictions, failures=failures, is_over=is_over) -> None:
+        def predict(predictions: list[float], failures: list[Exception], is_over: threading.Event) -> None:
             while not is_over.wait(CLASSIFY_EVERY):
                 started = time.perf_counter()
                 try:
@@ -141,7 +141,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
                 except Exception as failure:
                     failures.append(failure)
 
-        thread = threading.Thread(target=predict)
+        thread = threading.Thread(target=predict, args=(predictions, failures, is_over))
         thread.start()
         ends_before, seconds_before = computing(server)
         with memory_sampler(server.process.pid) as memory:
@@ -156,24 +156,24 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
                 "factor": factor,
                 "capacity": (capacity_before + capacity_after) / 2,
                 "offered": seen.offered,
-                "accepted_seconds": seen.accepted,
-                "refused_seconds": seen.refused,
+                "accepted_seconds": distribution(seen.accepted),
+                "refused_seconds": distribution(seen.refused),
                 "errors": dict(seen.errors),
                 "computing_mean_seconds": (computed - seconds_before) / max(1, ends[np.inf]),
                 "computing_p99_at_most": min(end for end, count in ends.items() if count >= 0.99 * ends[np.inf]),
                 "accepted_per_second": len(seen.accepted) / seen.elapsed,
-                "classify_seconds": predictions,
+                "classify_seconds": distribution(predictions),
                 "classify_failures": len(failures),
                 "memory_mb": max(memory.samples),
             }
         )
         capacity_before = capacity_after
-    return {"classify_idle_seconds": idle, "rows": rows}
+    return {"classify_idle_seconds": distribution(idle), "rows": rows}
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    idle = 1e3 * np.percentile(report["classify_idle_seconds"], 95)
+    idle = 1e3 * report["classify_idle_seconds"]["p95"]
     lines = [
         f"Capacity in explanations of {N_STEPS} steps a second, mean of before and after; `classify` idle p95 "
         f"{idle:.0f} ms; `max_wait_seconds` {report['max_wait_seconds']:g}.",
@@ -183,17 +183,17 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        p50, p99 = (f"{np.percentile(row['accepted_seconds'], part):.1f} s" for part in (50, 99))
-        refused = f"{1e3 * np.percentile(row['refused_seconds'], 95):.0f} ms" if row["refused_seconds"] else ""
-        low, high = (1e3 * np.percentile(row["classify_seconds"], part) for part in (50, 95))
+        accepted, refused, classify = (row[f"{name}_seconds"] for name in ("accepted", "refused", "classify"))
+        within = f"{1e3 * refused['p95']:.0f} ms" if refused["count"] else ""
+        low, high = 1e3 * classify["p50"], 1e3 * classify["p95"]
         lines.append(
             f"| {row['factor']:g} | {row['capacity']:.2f} | {row['offered']} | {row['accepted_per_second']:.2f} "
-            f"| {row['accepted_per_second'] / row['capacity']:.1%} | {p50} | {p99} "
+            f"| {row['accepted_per_second'] / row['capacity']:.1%} | {accepted['p50']:.1f} s | {accepted['p99']:.1f} s "
             f"| {row['computing_mean_seconds']:.1f} s | at most {row['computing_p99_at_most']:g} s "
-            f"| {len(row['refused_seconds']) / row['offered']:.0%} | {refused} | {low:.0f}, {high:.0f} ms "
+            f"| {refused['count'] / row['offered']:.0%} | {within} | {low:.0f}, {high:.0f} ms "
             f"| {high / idle:.1f} | {row['classify_failures']} | {row['memory_mb']:.0f} MB |"
         )
-    errors = Counter()
+    errors: Counter[str] = Counter()
     for row in report["rows"]:
         errors.update(row["errors"])
     lines += ["", *(f"- {count} x {message}" for message, count in errors.most_common())]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,10 @@ def main() -> None:
     if "-u" in options:
         at = options.index("-u")
         url, options = options[at + 1], options[:at] + options[at + 2 :]
-        server = nullcontext()
-    else:
-        server = EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=folder / "triton.log")
-        url = server.grpc_url
-    with server:
         code = run(model, url, options, folder).returncode
+    else:
+        with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=folder / "triton.log") as server:
+            code = run(model, server.grpc_url, options, folder).returncode
     # Of other models it prints all there is, and their export, of all outputs, ends where one of them is NaN.
     if code == 0 and model == "explain_stream":
         for entry in read_profile(folder / f"{model}.json"):

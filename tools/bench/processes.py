@@ -12,7 +12,8 @@ class Sampler:
     """Calls a function every so many seconds, from now to the end, in a thread; ``samples`` are what it returned."""
 
     def __init__(self, take: Callable[[], Any], every: float) -> None:
-        self._take, self._every, self.samples = take, every, []
+        self._take, self._every = take, every
+        self.samples: list[Any] = []
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 

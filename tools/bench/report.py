@@ -9,9 +9,10 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.ticker
 import numpy as np
+from matplotlib.figure import Figure
 
 from tools.bench import analyzer, engine, sampling, scaling, server, stream
-from tools.measuring import machine_line
+from tools.evaluation.measuring import machine_line
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,24 +32,22 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
     """What the measurements come to, a sentence each."""
     if rows := report.get("throughput"):
         clients = max(row["clients"] for row in rows if row["clients"] in (4, 8, 32))
-        base = next(row for row in rows if row["contender"] == server.BASELINE and row["clients"] == clients)
-        for row, times in zip(rows, server.times_baseline(rows)):
+        base = next(row for row in rows if row["contender"] == server.PEER and row["clients"] == clients)
+        for row, times in zip(rows, server.times_peer(rows)):
             if row["clients"] == clients and row is not base:
                 yield (
                     f"`{row['contender']}`, {clients} clients: {times:.2f} times the explanations a second of "
-                    f"{server.BASELINE}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
+                    f"{server.PEER}, with {row['bytes'] / base['bytes']:.0%} of the bytes on the wire."
                 )
         if profile := report.get("engine", {}).get("profile"):
-            rate, peak = (profile[f"{name}_gflop_per_second"] for name in ("achieved", "matrix_product_peak"))
-            most = rate / profile["gflop_per_row"] / server.N_STEPS
+            most = profile["achieved_gflop_per_second"] / profile["gflop_per_row"] / server.N_STEPS
             yield (
-                f"The engine's passes alone, as timed in one process at {rate:.0f} GFLOP/s ({rate / peak:.0%} of a "
-                f"large matrix product's), would be {most / base['per_second']:.2f} times that baseline's at {clients} "
-                "clients."
+                f"The engine alone, in one process, makes {most / base['per_second']:.2f} times as many explanations "
+                f"of {server.N_STEPS} steps a second as the peer at {clients} clients."
             )
     if accuracy := report.get("accuracy"):
         told = (f"{name} {np.median(errors):.4f}" for name, errors in accuracy.items())
-        yield f"Their relative errors, medians of {len(accuracy[server.BASELINE])} images: {'; '.join(told)}."
+        yield f"Their relative errors, medians of {len(accuracy[server.PEER])} images: {'; '.join(told)}."
     for name, found in report.get("isolation", {}).items():
         idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
         yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."
@@ -78,15 +77,13 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
 
 def cost_table(found: dict[str, Any]) -> str:
     """What an explanation costs in arithmetic, in Markdown."""
-    profile = found["profile"]
-    row = profile["gflop_per_row"]
-    lines = ["| steps | GFLOP | seconds | share of the machine's peak |", "|---|---|---|---|"]
+    row = found["profile"]["gflop_per_row"]
+    lines = ["| steps | GFLOP | seconds | GFLOP/s |", "|---|---|---|---|"]
     for cell in found["rows"]:
         seconds = cell["median_seconds"]["engine"]
         work = cell["n_steps"] * cell["batch"] * row
-        share = work / seconds / profile["matrix_product_peak_gflop_per_second"]
-        lines.append(f"| {cell['n_steps']} | {work:.0f} | {seconds:.2f} | {share:.0%} |")
-    lines += ["", f"{row:.2f} GFLOP a gradient, forward and backward; the peak is that of a large matrix product here."]
+        lines.append(f"| {cell['n_steps']} | {work:.0f} | {seconds:.2f} | {work / seconds:.0f} |")
+    lines += ["", f"A gradient, forward and backward, is {row:.2f} GFLOP."]
     return "\n".join(lines)
 
 
@@ -143,10 +140,10 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
     return found
 
 
-def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
+def _plot_throughput(rows: list[dict[str, Any]]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     measured = {row["contender"] for row in rows}
-    contenders = [name for name in (server.BASELINE, *server.CONTENDERS) if name in measured]
+    contenders = [name for name in (server.PEER, *server.CONTENDERS) if name in measured]
     counts = list(dict.fromkeys(row["clients"] for row in rows))
     width = 0.8 / len(contenders)
     for number, (contender, colour) in enumerate(zip(contenders, COLOURS)):
@@ -169,7 +166,7 @@ def _plot_throughput(rows: list[dict[str, Any]]) -> plt.Figure:
     return figure
 
 
-def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> plt.Figure:
+def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.8 * len(isolation)))
     for place, found in enumerate(isolation.values()):
         for offset, (key, colour) in enumerate((("idle", COLOURS[1]), ("saturated", COLOURS[2]))):
@@ -186,7 +183,7 @@ def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> plt.Figure:
     return figure
 
 
-def _plot_shares(found: dict[str, Any]) -> plt.Figure:
+def _plot_shares(found: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(9, 2.6))
     shares = found["shares_ms"]
     outside = {name: value for name, value in shares.items() if name != "gradients"}
@@ -203,7 +200,7 @@ def _plot_shares(found: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> plt.Figure:
+def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> Figure:
     figure, axes = plt.subplots(1, len(found), figsize=(11, 3.2))
     titles = {"steps": "steps", "batch": "images in a request", "side": "side of the image, pixels"}
     for axis, (kind, values) in zip(axes, found.items()):
@@ -214,7 +211,7 @@ def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> plt.Figure:
     return figure
 
 
-def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
+def _plot_sampling(found: dict[str, Any]) -> Figure:
     maps = {name: values for name, values in found["maps"].items() if name != "random"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.35 * len(maps)), sharey=True)
     colours = [COLOURS[2] if name.startswith("Integrated") else COLOURS[1] for name in maps]
@@ -231,7 +228,7 @@ def _plot_sampling(found: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-PLOTS = {
+PLOTS: dict[str, Callable[[Any], Figure]] = {
     "throughput": _plot_throughput,
     "isolation": _plot_isolation,
     "shares": _plot_shares,

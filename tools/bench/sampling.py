@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from skimage.segmentation import slic
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.evaluation.faithfulness import curves
+from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_inside
+from tools.evaluation.measuring import default_device, describe_machine, explain, load_engine, write_report
 from tools.export import load_source
-from tools.faithfulness import curves
-from tools.measuring import default_device, describe_machine, load_engine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import draw_view, view_pixels
-from tools.shapes.localisation import DILATION, dilate, peak_inside, share_inside
 
 # Held-out images that nothing else here uses.
 FIRST_VIEW = 2000
@@ -33,7 +35,7 @@ SUPERPIXELS = 50
 SAMPLES = (200, 1000)
 # Perturbed images of one forward pass.
 PERTURBATIONS = 16
-ENGINE_MAPS = {
+ENGINE_MAPS: dict[str, dict[str, Any]] = {
     "Integrated Gradients, 50 steps": {"n_steps": 50},
     "Integrated Gradients, calibrated, 16 steps": {"method": "calibrated", "n_steps": 16},
     "Integrated Gradients, tolerance 0.05": {"tolerance": 0.05, "n_steps": 200},
@@ -54,22 +56,19 @@ class Maps:
         self.engine = load_engine(device, "tf32")
         self.eager = load_source("shapes").module.to(device).eval()
         self.makers: dict[str, Callable[[Tensor, int], Tensor]] = {
-            name: lambda image, target, options=options: self._gradients(image, target, options)
-            for name, options in ENGINE_MAPS.items()
+            name: partial(self._gradients, options) for name, options in ENGINE_MAPS.items()
         }
         for name, method in (("LIME", Lime), ("KernelSHAP", KernelShap)):
             for count in samples:
-                self.makers[f"{name}, {count} samples"] = lambda image, target, method=method, count=count: (
-                    self._sampled(method, image, target, count)
-                )
+                self.makers[f"{name}, {count} samples"] = partial(self._sampled, method, count)
         self.makers["random"] = lambda image, target: torch.rand(image.shape[1:])
 
-    def _gradients(self, image: Tensor, target: int, options: dict[str, Any]) -> Tensor:
-        (found,) = self.engine.explain([Job(image, torch.zeros_like(image), target, baseline_key="zero", **options)])
+    def _gradients(self, options: dict[str, Any], image: Tensor, target: int) -> Tensor:
+        (found,) = explain(self.engine, [Job(image, torch.zeros_like(image), target, baseline_key="zero", **options)])
         return found.attributions.sum(dim=0).cpu()
 
     @torch.no_grad()
-    def _sampled(self, method: type, image: Tensor, target: int, count: int) -> Tensor:
+    def _sampled(self, method: type, count: int, image: Tensor, target: int) -> Tensor:
         found = method(self.eager).attribute(
             image[None],
             target=target,
@@ -91,9 +90,9 @@ def measure(device: torch.device, images: int, samples: tuple[int, ...] = SAMPLE
             target = int(maps.engine.network(image[None]).argmax())
         mask = dilate(draw_view("test", view).mask, DILATION)
         for name, make in maps.makers.items():
-            made: list[Tensor] = []
-            seconds = timed(lambda make=make, made=made, image=image, target=target: made.append(make(image, target)))
-            saliency = made[0]
+            started = time.perf_counter()
+            saliency = make(image, target)
+            seconds = time.perf_counter() - started
             both = curves(maps.engine.network, image, saliency.to(device), target)
             array = saliency.numpy()
             for key, value in {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from typing import Any
 
@@ -12,7 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from tools.bench.load import image_tensor, run_block, triton_asker
-from tools.measuring import timed
+from tools.evaluation.image_files import encode
+from tools.evaluation.measuring import timed
 from tools.probe import Series, read_metrics, total
 from tools.server import EmbeddedServer
 from tools.shapes.dataset import draw_scene
@@ -62,9 +62,8 @@ def _batch_asker(url: str, images: list[bytes]) -> Any:
 
 
 def _large_jpeg(side: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(draw_scene("test", 0, size=min(side, 1024)).image).resize((side, side)).save(file, "JPEG")
-    return file.getvalue()
+    scene = Image.fromarray(draw_scene("test", 0, size=min(side, 1024)).image)
+    return encode(scene.resize((side, side)), "JPEG")
 
 
 def measure_shares(server: EmbeddedServer, images: list[bytes], calls: int, n_steps: int = 20) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def settled_metrics(server: EmbeddedServer) -> Series:
 
 def _told(server: EmbeddedServer, client: tritonclient.grpc.InferenceServerClient) -> dict[str, float]:
     """Milliseconds so far."""
-    found = {}
+    found: dict[str, float] = {}
     for model in OTHERS:
         statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
         found |= {f"{model} {part}": getattr(statistics, part).ns / 1e6 for part in PARTS}

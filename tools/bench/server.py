@@ -2,7 +2,7 @@
 
 Closed-loop clients ask both for explanations of the same images by the same weights, in blocks that take turns:
 
-FastAPI + Captum   `tools/baseline/service.py`, 50 steps, JSON back.
+FastAPI + Captum   `tools/bench/fastapi_peer.py`, 50 steps, JSON back.
 explain            the ensemble over gRPC at 50 steps, and at about as accurate ones (``make quality``): 16 calibrated
                    steps, and a tolerance of 0.02. Wanted are the attributions, as there. Then what most would ask
                    for: a tolerance of 0.05 and the heatmap alone.
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,20 @@ from tqdm import tqdm
 
 from tools.bench.load import Ask, image_tensor, jpeg_images, run_block, saturated, triton_asker
 from tools.bench.processes import memory_sampler
+from tools.evaluation.measuring import describe_machine, relative_distance, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS, ROOT
-from tools.server import HOST, EmbeddedServer, Ports
+from tools.server import EmbeddedServer, Ports
+from tools.triton.options import LOCALHOST
 
 N_STEPS = 50
-BASELINE = f"FastAPI + Captum, {N_STEPS} steps"
+PEER = f"FastAPI + Captum, {N_STEPS} steps"
 # Requests of the first block of a contender serve as warm-up.
 WARM_UPS = 2
 ATTRIBUTIONS, HEATMAP = ("PROBABILITIES", "ATTRIBUTIONS", "CONVERGENCE_DELTA"), ("PROBABILITIES", "HEATMAP")
 CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     f"explain, {N_STEPS} steps": (ATTRIBUTIONS, {"n_steps": N_STEPS}),
-    # As accurate as the baseline at the median (`measure_accuracy`), and more so.
+    # As accurate as the peer at the median (`measure_accuracy`), and more so.
     "explain, calibrated, 13 steps": (ATTRIBUTIONS, {"method": "calibrated", "n_steps": 13}),
     "explain, calibrated, 16 steps": (ATTRIBUTIONS, {"method": "calibrated", "n_steps": 16}),
     "explain, tolerance 0.02": (ATTRIBUTIONS, {"tolerance": "0.02"}),
@@ -57,14 +59,14 @@ SATURATING_CLIENTS, SATURATING_STEPS = 8, 200
 LONG_CLIENTS, LONG_STEPS, SHORT_STEPS = 4, 500, 20
 
 
-class BaselineService:
+class PeerService:
     """The peer in a process of its own, with uvicorn's defaults."""
 
     def __init__(self) -> None:
-        self.url = f"http://{HOST}:{Ports.free().http}"
+        self.url = f"http://{LOCALHOST}:{Ports.free().http}"
 
-    def __enter__(self) -> BaselineService:
-        command = [sys.executable, "-m", "uvicorn", "tools.baseline.service:app", "--host", HOST]
+    def __enter__(self) -> PeerService:
+        command = [sys.executable, "-m", "uvicorn", "tools.bench.fastapi_peer:app", "--host", LOCALHOST]
         command += ["--port", self.url.rpartition(":")[2], "--log-level", "warning"]
         self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         with httpx.Client() as client:
@@ -74,7 +76,7 @@ class BaselineService:
                     return self
                 except httpx.TransportError:
                     time.sleep(0.1)
-        raise RuntimeError("the baseline service did not start")
+        raise RuntimeError("the FastAPI service did not start")
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
@@ -94,14 +96,12 @@ class BaselineService:
 
 
 def measure_throughput(
-    service: BaselineService, server: EmbeddedServer, images: list[bytes], clients: list[int], seconds: float
+    service: PeerService, server: EmbeddedServer, images: list[bytes], clients: list[int], seconds: float
 ) -> list[dict[str, Any]]:
     """A row for each contender and number of clients; contenders take turns, ``ROUNDS`` times where that is said."""
-    askers: dict[str, Callable[[], Ask]] = {BASELINE: lambda: service.asker("explain", images)}
+    askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
     for name, (outputs, parameters) in CONTENDERS.items():
-        askers[name] = lambda outputs=outputs, parameters=parameters: triton_asker(
-            server.grpc_url, "explain", images, outputs, parameters
-        )
+        askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
     pace = {}
     for name, make_asker in askers.items():
         run_block(make_asker, 1, WARM_UPS)
@@ -109,7 +109,7 @@ def measure_throughput(
     turns = [(count, name) for count in clients for _ in range(ROUNDS.get(count, 1)) for name in askers]
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for count, name in tqdm(turns, desc="clients x contenders"):
-        process = service.process.pid if name == BASELINE else server.process.pid
+        process = service.process.pid if name == PEER else server.process.pid
         requests = max(2 * count, round(seconds / pace[name]))
         with memory_sampler(process) as memory:
             block = run_block(askers[name], count, requests)
@@ -126,7 +126,7 @@ def measure_throughput(
     return list(rows.values())
 
 
-def measure_accuracy(service: BaselineService, server: EmbeddedServer, images: list[bytes]) -> dict[str, list[float]]:
+def measure_accuracy(service: PeerService, server: EmbeddedServer, images: list[bytes]) -> dict[str, list[float]]:
     """Relative L2 errors of the attributions that each contender answers, one for each image."""
     found: dict[str, list[float]] = {}
     with httpx.Client(timeout=600) as http, tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
@@ -140,7 +140,7 @@ def measure_accuracy(service: BaselineService, server: EmbeddedServer, images: l
             integral = explain(image, REFERENCE)
             answer = http.post(f"{service.url}/explain", content=image)
             answer.raise_for_status()
-            answers = {BASELINE: torch.tensor(answer.json()["attributions"])}
+            answers = {PEER: torch.tensor(answer.json()["attributions"])}
             answers |= {name: explain(image, parameters) for name, (_, parameters) in CONTENDERS.items()}
             for name, attributions in answers.items():
                 found.setdefault(name, []).append(relative_distance(attributions, integral))
@@ -149,7 +149,7 @@ def measure_accuracy(service: BaselineService, server: EmbeddedServer, images: l
 
 def accuracy_table(accuracy: dict[str, list[float]]) -> str:
     """Markdown."""
-    images = len(accuracy[BASELINE])
+    images = len(accuracy[PEER])
     lines = [
         f"Relative L2 distance of attributions from those of {REFERENCE['n_steps']} calibrated steps, {images} images:",
         "",
@@ -162,7 +162,7 @@ def accuracy_table(accuracy: dict[str, list[float]]) -> str:
 
 
 def measure_isolation(
-    service: BaselineService,
+    service: PeerService,
     server: EmbeddedServer,
     images: list[bytes],
     calls: int,
@@ -203,19 +203,19 @@ def measure_isolation(
     return found
 
 
-def times_baseline(rows: list[dict[str, Any]]) -> list[float]:
-    """Explanations a second of each row, as times the baseline's with as many clients."""
-    base = {row["clients"]: row["per_second"] for row in rows if row["contender"] == BASELINE}
+def times_peer(rows: list[dict[str, Any]]) -> list[float]:
+    """Explanations a second of each row, as times the peer's with as many clients."""
+    base = {row["clients"]: row["per_second"] for row in rows if row["contender"] == PEER}
     return [row["per_second"] / base[row["clients"]] for row in rows]
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| clients | | explanations a second | times the baseline | p50 | p95 | p99 | bytes | server memory |",
+        "| clients | | explanations a second | times the peer | p50 | p95 | p99 | bytes | server memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, times in zip(rows, times_baseline(rows)):
+    for row, times in zip(rows, times_peer(rows)):
         p50, p95, p99 = (f"{1e3 * np.percentile(row['seconds'], part):.0f} ms" for part in (50, 95, 99))
         rates = row["rates"]
         spread = f" ({min(rates):.2f} to {max(rates):.2f})" if len(rates) > 1 else ""
@@ -257,8 +257,8 @@ def main() -> None:
     repository = repository_with("shapes")
     images = jpeg_images()
     log = OUTPUTS / "bench" / "triton.log"
-    with BaselineService() as service, EmbeddedServer(repository, Ports.free(), log_file=log) as server:
-        report = {
+    with PeerService() as service, EmbeddedServer(repository, Ports.free(), log_file=log) as server:
+        report: dict[str, Any] = {
             "command": " ".join(["python -m tools.bench.server", *sys.argv[1:]]),
             "machine": describe_machine(),
             "throughput": measure_throughput(service, server, images, arguments.clients, arguments.seconds),

@@ -24,16 +24,17 @@ import numpy as np
 import torch
 import tritonclient.grpc
 from tqdm import tqdm
+from tritonclient.utils import InferenceServerException
 
 from explain_client import ExplainClient, Level, RefusedError
 from tools.bench.load import image_tensor, jpeg_images
 from tools.bench.processes import Sampler, own_mb, session
 from tools.bench.scaling import settled_metrics
+from tools.evaluation.measuring import describe_machine, distribution, relative_distance, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, relative_distance, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
-from tools.triton_process import SHARED_MEMORY
+from tools.triton.process import SHARED_MEMORY
 
 # Gradients a second that are asked, on average; 2 CPU cores take some 21 beside all else.
 GRADIENTS_PER_SECOND = 19.0
@@ -107,8 +108,11 @@ class Traffic:
         if kind == "stream":
             *_, last = self._client().explain_stream(self.images[index], **parameters)
             assert isinstance(last, Level)
-            return last.saliency
-        return self._client().explain(self.images[index], **parameters).saliency
+            saliency = last.saliency
+        else:
+            saliency = self._client().explain(self.images[index], **parameters).saliency
+        assert saliency is not None  # it is asked for unless something else is wanted
+        return saliency
 
     def warm_up(self) -> None:
         """As many requests at once as there ever are, of a few kinds in turn; one that fails raises."""
@@ -162,7 +166,7 @@ class Traffic:
                 return "cancelled"
         if not hasattr(self._local, "triton"):
             self._local.triton = tritonclient.grpc.InferenceServerClient(self.url)
-        ended: queue.Queue[Exception | None] = queue.Queue()
+        ended: queue.Queue[InferenceServerException | None] = queue.Queue()
         call = self._local.triton.async_infer(
             "explain",
             [image_tensor(image)],
@@ -205,7 +209,7 @@ def answered_by(server: EmbeddedServer) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, labels, value in settled_metrics(server):
         if name == "nv_inference_request_success":
-            found[re.search('model="([^"]+)"', labels)[1]] += round(value)
+            found[re.findall('model="([^"]+)"', labels)[0]] += round(value)
     return found
 
 
@@ -247,12 +251,11 @@ def _entries(process: int, name: str) -> int:
         return 0
 
 
-def growth(samples: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Of each thing that is watched, its median in the second fifth of the time and in the last."""
-    fifth = max(1, len(samples) // 5)
-    early, late = samples[fifth : 2 * fifth], samples[-fifth:]
+def by_fifths(samples: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Of each thing that is watched, its median in each fifth of the time."""
+    parts = np.array_split(np.arange(len(samples)), 5)
     return {
-        name: tuple(float(np.median([sample[name] for sample in part])) for part in (early, late))
+        name: [float(np.median([samples[number][name] for number in part])) for part in parts if len(part)]
         for name in MOST_GROWTH
     }
 
@@ -264,36 +267,48 @@ def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.polyfit(hours, [sample[name] for sample in later], 1)[0]) for name in MOST_GROWTH}
 
 
-def too_much_growth(found: dict[str, tuple[float, float]]) -> list[str]:
-    """What grew by more than it may."""
+def too_much_growth(held_by_fifths: dict[str, list[float]]) -> list[str]:
+    """What grew by more than it may from the second fifth of the time to the last."""
     wrong = []
-    for name, (early, late) in found.items():
+    for name, values in held_by_fifths.items():
+        early, late = values[min(1, len(values) - 1)], values[-1]
         if late - early > MOST_GROWTH[name]:
             wrong.append(f"{name} grew from {early:.0f} to {late:.0f}")
     return wrong
 
 
+def by_kind(traffic: Traffic, seconds: float) -> dict[str, dict[str, Any]]:
+    """Of each kind of request: what became of them, how long they took, and the median in each fifth of the time."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        own = [(at, taken) for at, each, taken in traffic.latencies if each == kind]
+        fifths: list[list[float]] = [[] for _ in range(5)]
+        for at, taken in own:
+            fifths[min(4, int(5 * at / seconds))].append(taken)
+        if own:
+            found[kind] = {
+                "outcomes": {name: count for (each, name), count in traffic.outcomes.items() if each == kind},
+                "seconds": distribution([taken for _, taken in own]),
+                "p50_by_fifths": [float(np.median(part)) if part else None for part in fifths],
+            }
+    return found
+
+
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| kind | requests | outcomes | p50 | p95 | p99 |", "|---|---|---|---|---|---|"]
-    for kind in KINDS:
-        outcomes = {entry["outcome"]: entry["count"] for entry in report["outcomes"] if entry["kind"] == kind}
-        seconds = [taken for _, own, taken in report["latencies"] if own == kind]
-        if seconds:
-            p50, p95, p99 = (f"{1e3 * np.percentile(seconds, part):.0f} ms" for part in (50, 95, 99))
-            told = ", ".join(f"{count} {name}" for name, count in outcomes.items())
-            lines.append(f"| {kind} | {len(seconds)} | {told} | {p50} | {p95} | {p99} |")
+    for kind, found in report["kinds"].items():
+        told = ", ".join(f"{count} {name}" for name, count in found["outcomes"].items())
+        p50, p95, p99 = (f"{1e3 * found['seconds'][part]:.0f} ms" for part in ("p50", "p95", "p99"))
+        lines.append(f"| {kind} | {found['seconds']['count']} | {told} | {p50} | {p95} | {p99} |")
     lines += ["", "| p50 by fifths of the time | | | | | |", "|---|---|---|---|---|---|"]
-    for kind in ("classify", "explain, 20 steps"):
-        parts: list[list[float]] = [[] for _ in range(5)]
-        for at, own, taken in report["latencies"]:
-            if own == kind:
-                parts[min(4, int(5 * at / report["seconds"]))].append(taken)
-        cells = (f"{1e3 * np.median(part):.0f} ms" if part else "" for part in parts)
+    for kind, found in report["kinds"].items():
+        cells = ("" if value is None else f"{1e3 * value:.0f} ms" for value in found["p50_by_fifths"])
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    lines += ["", "| | second fifth of the time, median | last fifth | an hour |", "|---|---|---|---|"]
-    for name, (early, late) in report["growth"].items():
-        lines.append(f"| {name} | {early:.0f} | {late:.0f} | {report['slopes'][name]:+.0f} |")
+    lines += ["", "| median by fifths of the time | | | | | | an hour |", "|---|---|---|---|---|---|---|"]
+    for name, values in report["held_by_fifths"].items():
+        medians = " | ".join(f"{value:.0f}" for value in values)
+        lines.append(f"| {name} | {medians} | {report['slopes'][name]:+.0f} |")
     lines += [
         "",
         f"{report['requests']} requests in {report['seconds']:.0f} s, all accounted for: {report['accounted']}; "
@@ -312,20 +327,18 @@ def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any
     with Sampler(lambda: {"seconds": time.monotonic() - started, **held(server)}, WATCH_EVERY) as watch:
         requests = run(traffic, seconds, seed)
         elapsed = time.monotonic() - started
-    grown = growth(watch.samples)
+    held_by_fifths = by_fifths(watch.samples)
     missing = unaccounted(traffic, requests, answered_by(server) - before)
-    wrong = [*traffic.wrong[:20], *too_much_growth(grown), *missing]
+    wrong = [*traffic.wrong[:20], *too_much_growth(held_by_fifths), *missing]
     return {
         "seconds": elapsed,
         "requests": requests,
         "accounted": not missing,
-        "outcomes": [{"kind": kind, "outcome": name, "count": n} for (kind, name), n in traffic.outcomes.items()],
-        "latencies": traffic.latencies,
+        "kinds": by_kind(traffic, elapsed),
         "compared": len(traffic.distances),
         "largest_distance": max(traffic.distances, default=0.0),
-        "growth": grown,
+        "held_by_fifths": held_by_fifths,
         "slopes": slopes(watch.samples),
-        "samples": watch.samples,
         "wrong": wrong,
     }
 

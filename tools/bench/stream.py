@@ -12,6 +12,7 @@ import queue
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 import tritonclient.grpc
 
 from tools.bench.load import image_tensor, jpeg_images, saturated, triton_asker
+from tools.evaluation.measuring import describe_machine, timed, write_report
 from tools.export import repository_with
-from tools.measuring import describe_machine, timed, write_report
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 
@@ -52,7 +53,7 @@ def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, cal
 
     def block(condition: str) -> None:
         for number in range(calls):
-            seconds[CALLS[0]][condition].append(timed(lambda number=number: classify(number)))
+            seconds[CALLS[0]][condition].append(timed(partial(classify, number)))
             seconds[CALLS[1]][condition].append(first_response(url, images[number % len(images)]))
             time.sleep(0.3)  # what was under way when it was cancelled comes to its end
 

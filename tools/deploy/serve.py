@@ -13,14 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.triton_options import ENVIRONMENT, Ports, server_options
+from tools.triton.options import ENVIRONMENT, Ports, SettingError, server_options, whole_number
 
 # What answers predictions alone, for a server that shall not explain.
 CLASSIFYING = ("preprocess", "classifier", "classify")
-
-
-class SettingError(ValueError):
-    """A setting that cannot be; the message names it."""
 
 
 def command(settings: Mapping[str, str]) -> list[str]:
@@ -39,7 +35,8 @@ def command(settings: Mapping[str, str]) -> list[str]:
     if models == "classify":
         chosen = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in CLASSIFYING)]
     host = settings.get("HOST") or "0.0.0.0"
-    options = server_options(repository, host, ports(settings), _admin_key(settings), stop_seconds(settings))
+    ports = Ports.from_settings(settings)
+    options = server_options(repository, host, ports, _admin_key(settings), stop_seconds(settings))
     return ["tritonserver", *chosen, *options]
 
 
@@ -50,32 +47,6 @@ def stop_seconds(settings: Mapping[str, str]) -> int:
         SettingError: it is no number.
     """
     return whole_number(settings, "STOP_SECONDS", 30)
-
-
-def ports(settings: Mapping[str, str]) -> Ports:
-    """Where to listen.
-
-    Raises:
-        SettingError: a port is no number.
-    """
-    default = Ports()
-    return Ports(
-        whole_number(settings, "HTTP_PORT", default.http),
-        whole_number(settings, "GRPC_PORT", default.grpc),
-        whole_number(settings, "METRICS_PORT", default.metrics),
-    )
-
-
-def whole_number(settings: Mapping[str, str], name: str, default: int) -> int:
-    """A setting that is a whole number.
-
-    Raises:
-        SettingError: it is none.
-    """
-    value = settings.get(name) or str(default)
-    if not value.isdecimal():
-        raise SettingError(f"{name} must be a whole number, not {value!r}")
-    return int(value)
 
 
 def _admin_key(settings: Mapping[str, str]) -> str:

@@ -7,53 +7,51 @@ those of `serve.py`, and PROBE_SECONDS (4), within which something must have gon
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
-from tools.deploy.serve import SettingError, command, ports, stop_seconds, whole_number
+from tools.deploy.serve import command, stop_seconds
 from tools.probe import served_model
-from tools.supervisor import Watch, supervise
-from tools.triton_options import ENVIRONMENT, Ports
-from tools.triton_process import ServerError, TritonProcess
+from tools.triton.options import ENVIRONMENT, LOCALHOST, Ports, SettingError, whole_number
+from tools.triton.process import ServerError, TritonProcess
+from tools.triton.supervisor import Watch, stop_on_signals, supervise
 
 START_SECONDS = 300.0
-HOST = "127.0.0.1"
 
 
 class ContainerServer(TritonProcess):
-    """Triton as `serve.py` would start it, as a process of its own; ``words`` are its command line."""
+    """Triton as `serve.py` would start it, as a process of its own.
 
-    def __init__(self, words: list[str], ports: Ports, stop_seconds: int) -> None:
-        super().__init__(HOST, ports, START_SECONDS, stop_seconds)
-        self._words = words
+    Args:
+        settings: those of `serve.py`.
 
-    def _launch(self) -> subprocess.Popen:
+    Raises:
+        SettingError: they ask for what cannot be.
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._words = command(settings)
+        super().__init__(LOCALHOST, Ports.from_settings(settings), START_SECONDS, stop_seconds(settings))
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         environment = {**ENVIRONMENT, **os.environ}
         return subprocess.Popen([*self._words, self.region_option], env=environment, start_new_session=True)
 
 
 def main() -> None:
+    stop_on_signals()
     try:
-        server = ContainerServer(command(os.environ), ports(os.environ), stop_seconds(os.environ))
-        seconds = whole_number(os.environ, "PROBE_SECONDS", 4)
-        watch = Watch(probe_seconds=seconds, model=served_model(os.environ))
-    except SettingError as error:
-        sys.exit(f"supervise: {error}")
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not break off the orderly stop
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    try:
-        server.start()
-        supervise(server, watch, say=lambda message: print(f"supervise: {message}", flush=True))
-    except ServerError as error:
+        watch = Watch(
+            probe_seconds=whole_number(os.environ, "PROBE_SECONDS", 4),
+            model=served_model(os.environ),
+        )
+        with ContainerServer(os.environ) as server:
+            supervise(server, watch, say=lambda message: print(f"supervise: {message}", flush=True))
+    except (SettingError, ServerError) as error:
         sys.exit(f"supervise: {error}")
     except KeyboardInterrupt:
-        server.stop()
+        pass  # it has stopped in order
 
 
 if __name__ == "__main__":

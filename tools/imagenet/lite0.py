@@ -120,9 +120,9 @@ def weights_file() -> Path:
         WeightsError: the package is not installed, or its file is another one.
     """
     spec = find_spec(PACKAGE)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise WeightsError(f"the package {PACKAGE.replace('_', '-')}, which carries the weights, is not installed")
-    file = Path(next(iter(spec.submodule_search_locations))) / "models" / FILE_NAME
+    file = Path(spec.submodule_search_locations[0]) / "models" / FILE_NAME
     found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
     if found != SHA256:
         raise WeightsError(f"{file} is not the file that is known here: sha256 {found}, not {SHA256}")

@@ -39,7 +39,8 @@ class Photograph:
             FileNotFoundError: the package is not installed, or has no such file.
         """
         spec = find_spec(self.package)
-        file = None if spec is None else Path(next(iter(spec.submodule_search_locations))) / self.path
+        folders = (spec.submodule_search_locations if spec else None) or []
+        file = next((Path(folder) / self.path for folder in folders), None)
         if file is None or not file.is_file():
             raise FileNotFoundError(f"{self.path} of the package {self.package} is not installed")
         return file

@@ -69,7 +69,7 @@ def train(seed: int, device: torch.device, workers: int, scale: float = 1.0) -> 
         for images, labels, masks in progress:
             losses = compute_losses(model, normalise(images.to(device)), labels.to(device), masks.to(device), stage)
             optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
+            torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
             schedule.step()
             progress.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()}, refresh=False)

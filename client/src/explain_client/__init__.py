@@ -1,5 +1,7 @@
 """Explanations from a Triton server: ``ExplainClient("localhost:8001").explain("photo.jpg")``."""
 
+from importlib.metadata import version
+
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import ExplainClient
 from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
@@ -20,4 +22,7 @@ __all__ = [
     "TensorClient",
     "TimedOutError",
     "UnavailableError",
+    "__version__",
 ]
+
+__version__ = version("explain-client")

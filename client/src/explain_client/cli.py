@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from explain_client import __version__
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import DEFAULT_URL, ExplainClient
 from explain_client.doctor import diagnose
@@ -70,7 +71,7 @@ def _doctor(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="explain doctor", description="Look into what is wrong with a server.")
     parser.add_argument("--url", default=DEFAULT_URL, help="host and gRPC port (default: %(default)s)")
     options = parser.parse_args(words)
-    print(f"explain-client {version('explain-client')}, tritonclient {version('tritonclient')}")
+    print(f"explain-client {__version__}, tritonclient {version('tritonclient')}")
     is_good = True
     for finding in diagnose(options.url):
         print(f"{'ok   ' if finding.is_good else 'FAULT'} {finding.name}: {finding.message}", flush=True)
@@ -252,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help=f"JPEG, PNG or WebP files, folders of them, quoted patterns, or {STDIN} for standard input",
     )
-    parser.add_argument("--version", action="version", version=f"explain-client {version('explain-client')}")
+    parser.add_argument("--version", action="version", version=f"explain-client {__version__}")
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="host and gRPC port (default: %(default)s)")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds for an image (default: 300)")

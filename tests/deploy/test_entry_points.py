@@ -1,0 +1,127 @@
+"""The containers' entry points, run without a container."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import run
+
+from tools.deploy.serve import command
+from tools.paths import ROOT
+from tools.probe import ProbeError, probe
+from tools.server import EmbeddedServer, Ports
+from tools.triton.options import SettingError, server_options
+from tools.triton.supervisor import Watch
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"STOP_SECONDS": "soon"}, "STOP_SECONDS"),
+        ({"MODELS": "some"}, "MODELS"),
+        ({"GRPC_PORT": "x"}, "GRPC_PORT"),
+        ({"ADMIN_KEY_FILE": "/nowhere"}, "ADMIN_KEY_FILE"),
+        ({"MODEL_REPOSITORY": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, names, repository):
+    with pytest.raises(SettingError, match=names):
+        command({"MODEL_REPOSITORY": str(repository), **settings})
+
+
+def test_the_container_starts_triton_with_the_embedded_servers_options(repository):
+    words = command({"MODEL_REPOSITORY": str(repository), "ADMIN_KEY": "key", "STOP_SECONDS": "30"})
+    assert words[0] == "tritonserver"
+    assert set(server_options(repository, "0.0.0.0", Ports(), "key", 30)) < set(words)
+    # Without a key nobody has one.
+    keys = [re.search(r"admin-key=(\S+)", " ".join(command({"MODEL_REPOSITORY": str(repository)}))) for _ in "ab"]
+    assert keys[0][1] != keys[1][1]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A repository as the container's first service makes it."""
+    repository = tmp_path_factory.mktemp("models")
+    found = run(
+        sys.executable,
+        "-m",
+        "tools.deploy.prepare",
+        cwd=ROOT,
+        env={**os.environ, "MODEL_REPOSITORY": str(repository), "WEIGHTS": "shapes"},
+    )
+    assert found.returncode == 0, found.stderr
+    return repository
+
+
+def test_preparing_what_cannot_be_says_so(tmp_path):
+    environment = {**os.environ, "MODEL_REPOSITORY": str(tmp_path), "WEIGHTS": "/nowhere.pt"}
+    found = run(sys.executable, "-m", "tools.deploy.prepare", cwd=ROOT, env=environment)
+    assert found.returncode == 1
+    assert "/nowhere.pt" in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def triton_on_path(tmp_path, prepared):
+    """An environment in which ``tritonserver`` is the embedded one, as the container has its own."""
+    ports = Ports.free()
+    embedded = EmbeddedServer(prepared, ports)
+    words, environment = embedded.command_line(tmp_path)
+    script = tmp_path / "tritonserver"
+    options = " ".join(
+        f"'{word}'" for word in words[1:] if word.startswith(("--backend-directory", "--backend-config"))
+    )
+    lines = [f"export LD_LIBRARY_PATH='{environment['LD_LIBRARY_PATH']}'", f"exec '{words[0]}' {options} \"$@\""]
+    script.write_text("#!/bin/sh\n" + "\n".join(lines) + "\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    yield (
+        ports,
+        {
+            **environment,
+            "PATH": f"{tmp_path}:{environment['PATH']}",
+            "MODEL_REPOSITORY": str(prepared),
+            "HOST": "127.0.0.1",
+            "HTTP_PORT": str(ports.http),
+            "GRPC_PORT": str(ports.grpc),
+            "METRICS_PORT": str(ports.metrics),
+        },
+    )
+    embedded.remove_shared_memory()
+
+
+@pytest.mark.parametrize("entry", ["serve", "supervise"])
+def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(triton_on_path, tmp_path, entry):
+    ports, environment = triton_on_path
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"tools.deploy.{entry}"],
+            cwd=ROOT,
+            env={**environment, "MODELS": "classify"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                probe("127.0.0.1", ports.http, "classify")
+                break
+            except ProbeError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.3)
+        with pytest.raises(ProbeError, match="explain answers 404"):
+            probe("127.0.0.1", ports.http, "explain")
+        if entry == "supervise":  # which finds nothing wrong with it
+            time.sleep(3 * Watch().probe_seconds)
+            assert "restart" not in (tmp_path / "log").read_text()
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0

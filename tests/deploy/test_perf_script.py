@@ -1,0 +1,48 @@
+"""The client image's entry point, run without a container."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from programs import run
+
+from tools.bench.perf import libraries
+from tools.paths import ROOT
+
+DEPLOY = ROOT / "tools" / "deploy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["classify", "explain_stream"])
+def test_perf_script_measures_a_server(server, tmp_path, model):
+    options = [
+        "--measurement-mode",
+        "count_windows",
+        "--measurement-request-count",
+        "3",
+        "--stability-percentage",
+        "99",
+    ]
+    with libraries() as environment:
+        found = run(
+            str(DEPLOY / "perf.sh"),
+            model,
+            *options,
+            env={
+                **environment,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "IMAGE": str(ROOT / "docs" / "explanations.jpg"),
+                "TRITON_URL": server.grpc_url,
+            },
+        )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "Throughput" in found.stdout
+
+
+def test_perf_script_says_what_it_lacks(tmp_path):
+    assert "usage" in run(str(DEPLOY / "perf.sh")).stderr
+    found = run(str(DEPLOY / "perf.sh"), "classify", env={"PATH": os.environ["PATH"], "IMAGE": "/nowhere.jpg"})
+    assert (found.returncode, "/nowhere.jpg" in found.stderr) == (1, True)

@@ -1,0 +1,94 @@
+"""The launcher of the embedded server. These start servers of their own, mostly on a repository of one small model."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from tools.paths import MODEL_REPOSITORY, ROOT
+from tools.server import EmbeddedServer, Ports
+from tools.triton.process import SHARED_MEMORY, ServerError
+
+
+@pytest.fixture
+def small_repository(tmp_path):
+    shutil.copytree(MODEL_REPOSITORY / "heatmap", tmp_path / "models" / "heatmap")
+    return tmp_path / "models"
+
+
+def running_with(text: str) -> list[str]:
+    """Command lines of the processes that mention ``text``, other than pgrep itself."""
+    found = subprocess.run(["pgrep", "-af", text], capture_output=True, text=True, check=False).stdout
+    return [line for line in found.splitlines() if "pgrep" not in line]
+
+
+def test_nothing_is_left_when_it_stops(small_repository, tmp_path):
+    with EmbeddedServer(small_repository, Ports.free(), tmp_path / "log") as server:
+        prefix = server.region_prefix
+        assert list(SHARED_MEMORY.glob(f"{prefix}*"))
+        assert running_with(prefix)
+        assert urllib.request.urlopen(server.metrics_url).status == 200
+    assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
+    assert not running_with(prefix)
+
+
+def test_command_stops_cleanly_on_sigterm(repository):
+    ports = Ports.free()
+    environment = {
+        **os.environ,
+        "HTTP_PORT": str(ports.http),
+        "GRPC_PORT": str(ports.grpc),
+        "METRICS_PORT": str(ports.metrics),
+        "NETWORK": "shapes",
+    }
+    command = [sys.executable, "-m", "tools.server", "--repository", str(repository)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready"):
+            break
+    assert f"gRPC     127.0.0.1:{ports.grpc}\n" in lines
+    process.send_signal(signal.SIGTERM)
+    assert "stopped" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert not running_with(f"http-port={ports.http}")
+
+
+@pytest.mark.parametrize("which", ["http", "grpc", "metrics"])
+def test_port_in_use_is_named(small_repository, tmp_path, which):
+    ports = Ports.free()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", getattr(ports, which)))
+        other.listen()
+        server = EmbeddedServer(small_repository, ports, tmp_path / "log")
+        with pytest.raises(ServerError, match=f"port {getattr(ports, which)} .* {which.upper()}_PORT"), server:
+            pass
+
+
+def test_failed_model_is_named_with_its_reason(small_repository, tmp_path):
+    (small_repository / "heatmap" / "1" / "model.py").write_text("raise RuntimeError('no colours today')\n")
+    server = EmbeddedServer(small_repository, Ports.free(), tmp_path / "log")
+    with pytest.raises(ServerError, match=r"model heatmap failed to load: .*no colours today"), server:
+        pass
+    assert not running_with(server.region_prefix)
+    assert not list(SHARED_MEMORY.glob(f"{server.region_prefix}*"))
+
+
+def test_broken_config_is_named(small_repository, tmp_path):
+    (small_repository / "heatmap" / "config.pbtxt").write_text('backend: "python"\nmax_batch_size: many\n')
+    server = EmbeddedServer(small_repository, Ports.free(), tmp_path / "log")
+    with pytest.raises(ServerError, match="heatmap"), server:
+        pass
+
+
+def test_python_without_shared_library_is_named(small_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.server.sysconfig.get_config_var", lambda name: "/nowhere")
+    server = EmbeddedServer(small_repository, Ports.free(), tmp_path / "log")
+    with pytest.raises(ServerError, match="no shared libpython"), server:
+        pass

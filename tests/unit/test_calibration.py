@@ -1,0 +1,277 @@
+"""Nodes placed by a network's calibration, and mean gradients between them."""
+
+import itertools
+import json
+import math
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from attribution_engine import AttributionEngine
+from attribution_job import Job
+from conftest import relative_distance, scene_pixels, untrained
+from error_law import ErrorLaw
+from path_density import CalibrationError, PathDensity
+
+from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
+from tools.evaluation.integrals import integrate
+from tools.export import Preprocessing, build_served
+from tools.shapes.checkpoint import DEMO_CALIBRATION
+from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, share_gradients
+
+FLAT = torch.ones(1).double()
+LAW = {"scale": 1.0, "order": 1.5, "margin": 1.3}
+
+
+def flat_density():
+    return PathDensity({"logit": FLAT, "probability": FLAT}, {})
+
+
+@pytest.fixture(scope="module")
+def demo_density():
+    return PathDensity.load(DEMO_CALIBRATION, json.loads(DEMO_CALIBRATION.read_text())["model_sha256"])
+
+
+@pytest.fixture(scope="module")
+def engine(served_module, demo_density):
+    return AttributionEngine(served_module, density=demo_density)
+
+
+def job(engine, index, n_steps, **options):
+    image = scene_pixels(index)
+    with torch.no_grad():
+        target = int(engine.network(image[None]).argmax())
+    return Job(image, torch.zeros_like(image), target, n_steps, "calibrated", **options)
+
+
+def test_edges_have_equal_density_between_them():
+    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, quiet places apart
+    edges = PathDensity({"logit": density}, {}).edges("logit", 7)
+    quiet = 0.1 * 7 / 4
+    densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
+    fine = torch.linspace(0, 1, 400_001).double()
+    shares = [
+        densities[(4 * fine[(fine >= left) & (fine < right)]).long().clamp_max(3)].sum().item()
+        for left, right in itertools.pairwise(edges.tolist())
+    ]
+    assert shares == pytest.approx([sum(shares) / 7] * 7, rel=1e-3)
+    assert edges[0] == 0
+    assert edges[-1] == 1
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 50, 1000])
+def test_edges_rise_from_0_to_1_for_any_number_of_steps(demo_density, n_steps):
+    edges = demo_density.edges("probability", n_steps)
+    assert len(edges) == n_steps + 1
+    assert (edges.diff() > 0).all()
+    assert PathDensity({"logit": torch.zeros(5)}, {}).edges("logit", 2).tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.slow
+def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(engine):
+    errors = {"logit": [], "probability": []}
+    for index in (0, 1):
+        integrals = integrate(engine, job(engine, index, 1).image, job(engine, index, 1).target, 256)
+        for output, own in errors.items():
+            one = job(engine, index, 20, probability=output == "probability")
+            captums = Job(one.image, one.baseline, one.target, 50, probability=one.probability)
+            found = engine.explain([one, captums])
+            own.append([relative_distance(each.attributions, integrals[output]) for each in found])
+            assert found[0].n_steps == 20
+            assert math.isnan(found[0].error_estimate)
+    for own in errors.values():
+        calibrated, captum_50 = torch.tensor(own).mean(dim=0)
+        assert calibrated < captum_50 < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"probability": True}, {"contrast": 0}], ids=str)
+def test_mean_gradients_account_for_the_whole_change_of_the_output(engine, options):
+    for n_steps in (1, 4, 30):
+        (found,) = engine.explain([job(engine, 3, n_steps, **options)])
+        assert abs(found.convergence_delta) <= 1e-4
+
+
+def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
+    large, small = (AttributionEngine(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
+    jobs = [job(large, 0, 7), job(large, 1, 5, probability=True), job(large, 2, 1)]
+    point_jobs = [Job(one.image, one.baseline, one.target, n) for one, n in zip(jobs, (3, 8, 2))]
+    mixed = [each for pair in zip(jobs, point_jobs) for each in pair]
+    alone = [large.explain([each])[0] for each in mixed]
+    for engine in (large, small):
+        for one, other in zip(engine.explain(mixed), alone):
+            assert relative_distance(one.attributions, other.attributions) <= 1e-5
+            assert one.n_steps == other.n_steps
+
+
+def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
+    engine = AttributionEngine(served_module, max_rows=9, density=demo_density)
+    # The 14 ends of 13 stretches take two passes, the second of which begins with the last end of the first.
+    engine.explain([job(engine, index, 13) for index in range(3)])
+    assert engine.rows_passed == 3 * 15
+    # A first piece that leaves no more of them than there would be is taken: 8 and 5 stretches, 4 and 8.
+    engine.chunks_passed.clear()
+    engine.explain([job(engine, 0, 3), job(engine, 1, 12)])
+    assert engine.chunks_passed == {9: 2}
+
+
+def test_a_mean_gradient_needs_two_rows_a_pass(served_module, demo_density):
+    with pytest.raises(ValueError, match="at least two rows"):
+        AttributionEngine(served_module, max_rows=1, density=demo_density).explain([job_of_one(served_module)])
+
+
+def job_of_one(module):
+    return job(AttributionEngine(module), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has_mean_slopes"),
+    [("mobilenet_v2", True), ("squeezenet1_1", True), ("mobilenet_v3_small", False)],
+)
+def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mean_slopes):
+    module = torch.jit.script(build_served(untrained(architecture, 5)))
+    assert hasattr(module, "mean_slope_tail") == has_mean_slopes
+    engine = AttributionEngine(module.double(), density=flat_density())
+    image = scene_pixels(0).double()
+    one = Job(image, torch.zeros_like(image), 2, 6, "calibrated")
+    (found,) = engine.explain([one])
+    if has_mean_slopes:
+        assert found.convergence_delta.item() == pytest.approx(0, abs=1e-9)
+    else:
+        # Six even cells are then known by their middles.
+        expected = captum.attr.IntegratedGradients(engine.network).attribute(
+            image[None], target=2, n_steps=6, method="riemann_middle"
+        )
+        assert relative_distance(found.attributions, expected[0].detach()) <= 1e-6
+
+
+def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
+    """One cell against 4,000 points, in a network whose activations move on straight lines."""
+    from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool
+
+    torch.manual_seed(0)
+    start, end = 8 * torch.randn(2, 1, 3, 9, 9).double()
+    for layer in (
+        MeanSlopeActivation(torch.nn.ReLU()),
+        MeanSlopeActivation(torch.nn.ReLU6()),
+        MeanSlopeMaxPool(torch.nn.MaxPool2d(2, 2)),
+    ):
+        ends = torch.cat((start, end)).requires_grad_()
+        values = layer(ends, torch.tensor([True, False]))
+        torch.testing.assert_close(values, layer(ends, None))
+        (mean,) = torch.autograd.grad(values[0].sum(), ends)
+        places = (torch.arange(4000).double().view(-1, 1, 1, 1) + 0.5) / 4000
+        points = torch.lerp(start, end, places).requires_grad_()
+        (at_points,) = torch.autograd.grad(layer(points, None).sum(), points)
+        if not isinstance(layer, MeanSlopeMaxPool):  # of three that lead in turn, pooling knows the first and the last
+            torch.testing.assert_close(mean[0], at_points.mean(dim=0), rtol=0, atol=1e-3)
+        change = (mean[0] * (end - start)[0]).sum()
+        torch.testing.assert_close(change, layer(end, None).sum() - layer(start, None).sum())
+        # The last row is a point like any other.
+        (plain,) = torch.autograd.grad(layer(ends, None)[1].sum(), ends)
+        (last,) = torch.autograd.grad(layer(ends, torch.tensor([True, False]))[1].sum(), ends)
+        torch.testing.assert_close(last, plain)
+
+
+def test_calibration_measures_how_the_integrand_changes(engine):
+    change = gradient_change(engine, scene_pixels(0), intervals=8)
+    for name in ("logit", "probability"):
+        assert change[name].shape == (8,)
+        assert (change[name] > 0).all()
+    assert not torch.allclose(change["logit"], change["probability"])
+
+
+def test_calibration_finds_the_law_that_errors_follow():
+    generator = np.random.default_rng(0)
+    scales = generator.uniform(0.5, 2, 200)
+    counts = np.array(LAW_STEPS)
+    errors = scales[:, None] * counts**-1.3
+    stands_for = ErrorLaw(1.0, 1.3, 1.0)
+    differences = [{n: scale * n**-1.3 / stands_for.share(n // 4, n) for n in (8, 16, 32)} for scale in scales]
+    law = fit_law(errors, differences)
+    assert law.order == pytest.approx(1.3)
+    assert law.scale == pytest.approx(np.percentile(scales, 90))
+    assert law.margin == pytest.approx(1)
+    # Where the difference stands for twice as much in one image of ten, that many get the margin.
+    for one in differences[::10]:
+        one.update({count: difference / 2 for count, difference in one.items()})
+    assert fit_law(errors, differences).margin == pytest.approx(2)
+
+
+def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys):
+    from conftest import encode, scene_image
+
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for index in range(3):
+        (tmp_path / f"scene{index}.png").write_bytes(encode(scene_image(index)))
+    images = list(load_folder(tmp_path, 2, Preprocessing()))
+    assert len(images) == 2
+    torch.testing.assert_close(images[0], scene_pixels(0))
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+def calibration_with(density, **law):
+    """A calibration whose part for the probability is this."""
+    parts = {
+        "density": {"logit": [1], "probability": density},
+        "error_law": {"logit": LAW, "probability": {**LAW, **law}},
+    }
+    return json.dumps({"model_sha256": "1234", **parts})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "this network has no path_density.json; python -m tools.calibrate writes it"),
+        ("{", "path_density.json cannot be read"),
+        ("[]", "path_density.json cannot be read"),
+        ("{}", "path_density.json cannot be read"),
+        ('{"model_sha256": "abc"}', "belongs to another network (sha256 abc..., not 1234"),
+        ('{"model_sha256": "1234", "density": {"logit": "x"}}', "no valid density or error_law"),
+        ('{"model_sha256": "1234", "density": {"logit": [1]}}', "error_law for 'logit'"),
+        (calibration_with([1, math.nan]), "for 'probability'"),
+        (calibration_with([-1]), "for 'probability'"),
+        (calibration_with([]), "for 'probability'"),
+        (calibration_with([1, 2], scale=0), "for 'probability'"),
+        (calibration_with([1, 2], order="much"), "for 'probability'"),
+        (calibration_with([1, 2], margin=math.inf), "for 'probability'"),
+        (calibration_with([1, 2], slope=1), "for 'probability'"),
+    ],
+)
+def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, message):
+    file = tmp_path / "path_density.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(CalibrationError) as found:
+        PathDensity.load(file, "1234")
+    assert message in str(found.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
+    """As on a GPU, where every place of a pooling takes part, in either precision."""
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 2, 6, 6).relu().expand(3, 2, 6, 6).to(dtype).contiguous().requires_grad_()
+    paired = torch.tensor([True, True, False])
+    activated = MeanSlopeActivation(torch.nn.ReLU())(inputs, paired)
+    values, places = torch.nn.functional.max_pool2d_with_indices(activated, 2)
+    changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
+    shared = share_gradients(activated, values, places, torch.arange(changes.numel()), changes)
+    torch.testing.assert_close(shared, values)
+    (gradient,) = torch.autograd.grad(shared.sum(), inputs)
+    assert gradient.isfinite().all()
+
+
+def test_every_place_or_only_changed_onesshare_gradients_alike():
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 6, 6).requires_grad_()
+    paired = torch.tensor([True, True, False])
+    values, places = torch.nn.functional.max_pool2d_with_indices(inputs, 2)
+    changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
+    assert 0 < changes.sum() < changes.numel()
+    everywhere = share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
+    pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
+    weights = torch.randn_like(values)
+    (found,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
+    (expected,) = torch.autograd.grad((pool(inputs, paired) * weights).sum(), inputs)
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,175 @@
+"""`preprocess` against torchvision's own transform."""
+
+import io
+
+import numpy as np
+import pytest
+from conftest import MEAN, STD, TORCHVISION_TRANSFORM, encode, scene_image
+from image_decoding import ImageLimits, decode_rgb, load_pixels, open_image
+from image_structure import (
+    MOST_CHUNKS,
+    MOST_EXIF_SEGMENTS,
+    MOST_JPEG_SCANS,
+    MOST_JPEG_SEGMENTS,
+    ImageError,
+    check_structure,
+)
+from malformed_images import jpeg_of_scans, png_of_size, with_segments
+from PIL import Image, ImageCms, ImageOps
+
+LIMITS = ImageLimits()
+
+
+def decode(file: bytes, limits: ImageLimits = LIMITS) -> Image.Image:
+    return decode_rgb(open_image(file, limits), limits)
+
+
+GRADIENT_16_BIT = np.linspace(0, 65535, 300 * 280).reshape(300, 280).astype(np.uint16)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def rotated_by_exif(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated by 90 degrees
+    return encode(image, "JPEG", exif=exif)
+
+
+# Name -> (file, the RGB image that torchvision's transform is given).
+SCENE = scene_image(0, 300)
+WIDE, TALL, SMALL = SCENE.resize((500, 260)), SCENE.resize((240, 411)), SCENE.resize((37, 53))
+LAB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+SECOND_FRAME = {"save_all": True, "append_images": [TALL.resize(SCENE.size)]}
+CASES = {
+    "jpeg": (encode(WIDE, "JPEG"), Image.open(io.BytesIO(encode(WIDE, "JPEG")))),
+    "png": (encode(TALL), TALL),
+    "webp": (encode(SCENE, "WEBP", lossless=True), SCENE),
+    "small": (encode(SMALL), SMALL),
+    "one pixel": (encode(SCENE.resize((1, 1))), SCENE.resize((1, 1))),
+    "grey": (encode(SCENE.convert("L")), SCENE.convert("L").convert("RGB")),
+    "grey with alpha": (encode(SCENE.convert("LA")), SCENE.convert("L").convert("RGB")),
+    "black and white": (encode(SCENE.convert("1")), SCENE.convert("1").convert("RGB")),
+    "palette": (encode(SCENE.convert("P")), SCENE.convert("P").convert("RGB")),
+    "alpha": (encode(with_alpha(TALL)), TALL),
+    "cmyk": (encode(WIDE.convert("CMYK"), "JPEG"), Image.open(io.BytesIO(encode(WIDE.convert("CMYK"), "JPEG")))),
+    "palette with transparency": (
+        encode(SCENE.convert("P"), transparency=bytes(range(256))),
+        SCENE.convert("P").convert("RGB"),
+    ),
+    "panorama": (encode(SCENE.resize((4000, 200))), SCENE.resize((4000, 200))),
+    "colour profile": (
+        encode(SCENE, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()),
+        SCENE,
+    ),
+    "animated webp": (
+        encode(SCENE, "WEBP", lossless=True, save_all=True, append_images=[TALL.resize((300, 300))]),
+        SCENE,
+    ),
+    "animated png": (encode(SCENE, save_all=True, append_images=[TALL.resize((300, 300))]), SCENE),
+    "several jpegs in one": (
+        encode(WIDE, "MPO", save_all=True, append_images=[TALL]),
+        Image.open(io.BytesIO(encode(WIDE, "JPEG"))),
+    ),
+    "progressive jpeg": (
+        encode(WIDE, "JPEG", progressive=True),
+        Image.open(io.BytesIO(encode(WIDE, "JPEG", progressive=True))),
+    ),
+    "16 bit": (
+        encode(Image.fromarray(GRADIENT_16_BIT)),
+        Image.fromarray((GRADIENT_16_BIT >> 8).astype(np.uint8)).convert("RGB"),
+    ),
+    "exif": (
+        rotated_by_exif(WIDE),
+        ImageOps.exif_transpose(Image.open(io.BytesIO(rotated_by_exif(WIDE)))),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_equal_torchvision(case):
+    file, image = CASES[case]
+    expected = TORCHVISION_TRANSFORM(image.convert("RGB"))
+    found = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
+    assert found.shape == (3, 224, 224)
+    # Float32 arithmetic in the same order: equal, but for a last bit.
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_exif_orientation_turns_the_image():
+    assert decode(rotated_by_exif(WIDE)).size == (WIDE.height, WIDE.width)
+
+
+def test_what_follows_a_jpeg_is_not_counted_as_scans():
+    """Phones append films and further pictures to photographs."""
+    file = encode(WIDE, "JPEG", progressive=True)
+    decode(file + b"\xff\xda" * 1000)
+
+
+def second_scan(file: bytes) -> int:
+    return file.index(b"\xff\xda", file.index(b"\xff\xda") + 1)
+
+
+# What could make one who walks from segment to segment jump over scans that libjpeg sees.
+HIDERS = {
+    "nothing": b"",
+    "marker without length": b"\xff\x01",
+    "reserved marker": b"\xff\x02\xff\xff",
+    "long comment": b"\xff\xfe\xff\xff",
+    "second start": b"\xff\xd8",
+    "restart": b"\xff\xd0",
+    "fill bytes": b"\xff\xff\xff",
+    "stuffed byte": b"\xff\x00",
+}
+
+
+@pytest.mark.parametrize("hider", HIDERS)
+def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hider):
+    file = jpeg_of_scans(MOST_JPEG_SCANS)
+    at = second_scan(file)
+    with pytest.raises(ImageError, match=f"of over {MOST_JPEG_SCANS} scans|with a marker that none has"):
+        check_structure(file[:at] + HIDERS[hider] + file[at:])
+    decode(jpeg_of_scans(MOST_JPEG_SCANS - 20))
+
+
+def test_a_marker_that_no_jpeg_has_is_refused_by_itself():
+    with pytest.raises(ImageError, match="with a marker that none has, 0x02"):
+        check_structure(with_segments(encode(SCENE, "JPEG"), 1, b"\x02\x00\x02"))
+
+
+def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
+    jpeg, webp = encode(SCENE, "JPEG"), encode(SCENE, "WEBP")
+    exif, other = b"\xe1\x00\x08Exif\0\0", b"\xe5\x00\x02"
+    for most, file in (
+        (MOST_JPEG_SEGMENTS, lambda count: with_segments(jpeg, count, other)),
+        (MOST_EXIF_SEGMENTS, lambda count: with_segments(jpeg, count, exif)),
+        (MOST_CHUNKS, lambda count: png_of_size(8, 8, count)),
+        (MOST_CHUNKS, lambda count: webp[:12] + b"ABCD\x01\0\0\0x\0" * count + webp[12:]),
+    ):
+        check_structure(file(most // 2))
+        with pytest.raises(ImageError, match=r"too many segments|of over 20000 chunks"):
+            check_structure(file(2 * most))
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (ImageLimits(max_bytes=999), "has [0-9]+ bytes; at most 999 are allowed"),
+        (ImageLimits(max_pixels=300 * 300 - 1), "has 300 x 300 pixels; at most 89999 in all are allowed"),
+    ],
+    ids=["bytes", "pixels"],
+)
+def test_limits_are_the_servers(limits, message):
+    decode(encode(SCENE), ImageLimits(max_pixels=300 * 300))
+    with pytest.raises(ImageError, match=message):
+        open_image(encode(SCENE), limits)
+
+
+def test_long_thin_images_are_refused_where_resizing_them_would_take_too_much():
+    decode(encode(SCENE.resize((700, 1))))
+    with pytest.raises(ImageError, match="1 x 800 pixels; its long side must be at most 762 times its short side"):
+        open_image(png_of_size(1, 800), LIMITS)

@@ -1,1 +1,0 @@
-"""What users would otherwise run: a FastAPI service around Captum, as public examples write it."""

@@ -1,0 +1,1 @@
+"""How explanations are judged: reference integrals, error measures, faithfulness and localisation."""

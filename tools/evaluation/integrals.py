@@ -1,0 +1,79 @@
+"""Gradients along a path and their integral, apart from the engine's rows and rules, which are held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attribution_engine import AttributionEngine
+from torch import Tensor
+
+EXPLAINED_OUTPUTS = ("logit", "probability")
+
+
+def integrands(engine: AttributionEngine, image: Tensor, target: int, nodes: Tensor) -> Iterator[dict[str, Tensor]]:
+    """What Integrated Gradients from the zero baseline integrates, at ``nodes`` [n] of the path, chunk by chunk.
+
+    Args:
+        engine: of the network, and of its rows a pass.
+        image: [3, height, width].
+        target: class whose logit and probability are explained.
+        nodes: places on [0, 1], float64.
+
+    Yields:
+        For each output, the gradient at some nodes times the image, [m, 3, height, width].
+    """
+    images = image[None]
+    for found in _feature_gradients(engine, image, target, nodes):
+        yield {
+            name: engine.network.transposed_stem(gradients, images.expand(len(gradients), *image.shape)) * image
+            for name, gradients in found.items()
+        }
+
+
+@torch.no_grad()
+def integrate(engine: AttributionEngine, image: Tensor, target: int, points: int) -> dict[str, Tensor]:
+    """The integral for each output by a midpoint rule of ``points`` points, added up in float64: [3, height, width]."""
+    nodes = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    totals: dict[str, Tensor] = {}
+    for found in _feature_gradients(engine, image, target, nodes):
+        for name, gradients in found.items():
+            totals[name] = totals.get(name, 0) + gradients.double().sum(dim=0, keepdim=True)
+    return {
+        name: (engine.network.transposed_stem((total / points).to(image.dtype), image[None])[0] * image).double()
+        for name, total in totals.items()
+    }
+
+
+def _feature_gradients(
+    engine: AttributionEngine, image: Tensor, target: int, nodes: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients behind the stem, in the network's own precision; both outputs share a forward pass."""
+    network = engine.network
+    module: Any = network.module  # a scripted module has the methods that were scripted
+    with torch.no_grad():
+        start, end = network.stem(torch.stack((torch.zeros_like(image), image))).double().split(1)
+    for some in nodes.to(image.device).split(engine.max_rows):
+        features = torch.lerp(start, end, some.view(-1, *[1] * (start.dim() - 1))).to(image.dtype).requires_grad_()
+        with torch.enable_grad(), torch.jit.optimized_execution(False):
+            logits = module.tail(features) if network.hoists else network(features)
+            scores = {"logit": logits, "probability": logits.softmax(dim=1)}
+            sums = {name: score[:, target].sum() for name, score in scores.items()}
+        yield {name: torch.autograd.grad(total, features, retain_graph=True)[0] for name, total in sums.items()}
+
+
+def load_or_integrate(
+    file: Path, engine: AttributionEngine, image: Tensor, target: int, points: int
+) -> dict[str, Tensor]:
+    """``integrate``, kept in a file (.npz), whose name tells networks, points and images apart."""
+    if not file.is_file():
+        found = integrate(engine, image, target, points)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part.npz")
+        np.savez(unfinished, **{name: value.cpu().numpy() for name, value in found.items()})
+        unfinished.replace(file)
+    with np.load(file) as kept:
+        return {name: torch.from_numpy(kept[name]).to(image.device) for name in EXPLAINED_OUTPUTS}

@@ -1,0 +1,133 @@
+"""What the benchmarks and reports share: a network's engine, the machine described, runs taken in turn.
+
+Networks are those of ``tools.export.NETWORKS``, whatever `model_repository` serves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attribution_engine import AttributionEngine
+from attribution_job import Explanation, Job
+from engine_loading import build_engine
+from path_density import FILE_NAME, PathDensity
+from torch import Tensor
+
+from tools.export import read_manifest, repository_with
+
+SHAPE = (3, 224, 224)
+
+
+def model_file(network: str = "shapes") -> Path:
+    """A network as `tools/export` writes it, exported where it is missing or old."""
+    return repository_with(network) / "classifier" / "1" / "model.pt"
+
+
+def load_manifest(network: str = "shapes") -> dict[str, Any]:
+    """What `tools/export` says of that file."""
+    manifest = read_manifest(repository_with(network))
+    assert manifest is not None  # `repository_with` has exported it
+    return manifest
+
+
+def load_engine(device: torch.device, precision: str, max_rows: int = 0, network: str = "shapes") -> AttributionEngine:
+    """The engine as `integrated_gradients` loads it, with the network's calibration."""
+    file, manifest = model_file(network), load_manifest(network)
+    density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
+    return build_engine(file, device, SHAPE, max_rows, precision, density)
+
+
+def explain(engine: AttributionEngine, jobs: Sequence[Job], **options: Any) -> list[Explanation]:
+    """Explanations of jobs that nobody cancels."""
+    found = [each for each in engine.explain(jobs, **options) if each is not None]
+    assert len(found) == len(jobs)
+    return found
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds; what runs ends by copying its result to the host, which waits for a GPU."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run in turn, after one warm-up of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-1, repeats):
+        for name, run in runs.items():
+            taken = timed(run)
+            if repeat >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """How many there are, their percentiles and the largest."""
+    if not len(values):
+        return {"count": 0}
+    percentiles = {f"p{part}": float(np.percentile(values, part)) for part in (50, 95, 99)}
+    return {"count": len(values), **percentiles, "most": float(max(values))}
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers to six digits, which is more than they are good for."""
+    if isinstance(value, dict):
+        return {str(key): rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def relative_distance(values: Tensor, reference: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((values - reference).norm() / reference.norm()).item()
+
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Hardware and versions; of the device that a server here would use, if no other is named."""
+    device = device or default_device()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    hardware = f"{os.cpu_count()} cores of {name}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)} beside {hardware}"
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "captum")},
+    }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What ``describe_machine`` found, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+def write_report(report: Mapping[str, Any], markdown: str, file: Path) -> None:
+    """Write a report as JSON and print it as Markdown, with the machine before it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rounded(report), indent=1) + "\n")
+    print(machine_line(report["machine"]))
+    print(markdown)
+    print(f"wrote {file}")
