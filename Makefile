@@ -3,6 +3,8 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# What comes from torch, Captum and Triton has no types.
+MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
 .PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
 
@@ -27,6 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for model in explain_stream heatmap integrated_gradients preprocess; do $(BIN)/mypy $(MODEL_TYPES) model_repository/$$model/1 || exit 1; done
 
 # The engine against Captum, in one process.
 bench-engine: $(INSTALLED)

@@ -247,7 +247,8 @@ def test_restricted_shared_memory_without_the_key_is_an_error(server):
 
 
 def test_readme_examples_run_as_printed(server, image_file, tmp_path):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/contract.md")]
+    examples = [each for page in pages for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
     assert len(examples) == 4
     program = "\n".join(examples).replace("localhost:8001", server.grpc_url).replace("photo.jpg", str(image_file))
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

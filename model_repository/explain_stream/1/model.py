@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -52,7 +53,7 @@ class _Stream:
         StreamError: it is larger than a stream may be.
     """
 
-    def __init__(self, request, sender, max_bytes: int) -> None:
+    def __init__(self, request: Any, sender: Any, max_bytes: int) -> None:
         self.arrived = time.monotonic()
         self.sender = sender
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
@@ -100,7 +101,7 @@ class _Stream:
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         settings = json.loads(args["model_config"])["parameters"]
         names = ("max_streams", "max_stream_bytes", "prediction_threads", "refinement_threads")
         self.max_streams, self.max_bytes, predicting, refining = (int(settings[name]["string_value"]) for name in names)
@@ -110,15 +111,16 @@ class TritonPythonModel:
         description = "Streams by outcome: explained, invalid, overloaded, late, cancelled, failed"
         self.family = metric_family("explain_stream_streams_total", description)
         self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.metrics, self.metrics_lock = {}, threading.Lock()
+        self.metrics: dict[str, Any] = {}
+        self.metrics_lock = threading.Lock()
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.predictions.shutdown()
         self.refinements.shutdown()
         self.metrics.clear()  # before their family, which they must not outlive
         self.family = None
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             with self.lock:
@@ -149,7 +151,7 @@ class TritonPythonModel:
         else:
             self._end(stream.sender)
 
-    def _end(self, sender, failure: Exception | None = None) -> None:
+    def _end(self, sender: Any, failure: Exception | None = None) -> None:
         """A stream is over: answered to the end, or ended by an error."""
         with self.lock:
             self.under_way -= 1
@@ -183,7 +185,7 @@ class TritonPythonModel:
         so_far = LevelAccumulator()
         levels = stream.plan.levels
         for level in levels:
-            answers = []
+            answers: list[LevelAnswer] = []
             for parameters in level.requests:
                 if answers:
                     yield {}, False
@@ -226,7 +228,7 @@ class TritonPythonModel:
         self,
         stream: _Stream,
         model: str,
-        inputs: dict,
+        inputs: Mapping[str, np.ndarray],
         outputs: tuple[str, ...],
         parameters: Mapping = MappingProxyType({}),
     ) -> dict[str, np.ndarray]:
@@ -276,7 +278,7 @@ def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> Non
         stream.sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
 
 
-def _refuse(sender, error: pb_utils.TritonError) -> None:
+def _refuse(sender: Any, error: pb_utils.TritonError) -> None:
     """The response that ends a stream with an error."""
     response = pb_utils.InferenceResponse(error=error)
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -119,17 +120,18 @@ class LevelAccumulator:
 
     def __init__(self) -> None:
         self._parts: LevelAnswer | None = None
-        self._steps = 0
+        self._steps: np.ndarray | None = None
 
     def take(self, answers: Sequence[LevelAnswer], level: PlannedLevel, is_last: bool) -> LevelAnswer:
         """Take the answers to a level's requests; the attribution that they make with those before.
 
         Its steps are all that were spent.
         """
-        self._steps = self._steps + sum(answer.n_steps for answer in answers)
+        spent = reduce(np.add, [answer.n_steps for answer in answers])
+        self._steps = steps = spent if self._steps is None else self._steps + spent
         if not level.is_part:
             (answer,) = answers
-            return replace(answer, n_steps=self._steps)
+            return replace(answer, n_steps=steps)
         if self._parts is None:  # the first level: two parts, or more pieces of them, in order
             half = len(answers) // 2
             before, new = _sum(answers[:half]), _sum(answers[half:])
@@ -148,7 +150,7 @@ class LevelAccumulator:
         return LevelAnswer(
             total.attributions / _like(weight, total.attributions),
             delta,
-            self._steps,
+            steps,
             estimate,
             weight,
         )
@@ -166,11 +168,11 @@ def _whole_delta(total: LevelAnswer) -> np.ndarray:
 
 def _sum(answers: Sequence[LevelAnswer]) -> LevelAnswer:
     return LevelAnswer(
-        sum(answer.attributions for answer in answers),
-        sum(answer.convergence_delta for answer in answers),
-        sum(answer.n_steps for answer in answers),
+        reduce(np.add, [answer.attributions for answer in answers]),
+        reduce(np.add, [answer.convergence_delta for answer in answers]),
+        reduce(np.add, [answer.n_steps for answer in answers]),
         np.full_like(answers[0].error_estimate, np.nan),
-        sum(answer.weight_sum for answer in answers),
+        reduce(np.add, [answer.weight_sum for answer in answers]),
     )
 
 

@@ -1,9 +1,12 @@
 """Triton model: attributions and the pixels they belong to in, PNG overlays out."""
 
+from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+
 import json
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -23,7 +26,7 @@ class TensorError(ValueError):
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
@@ -32,10 +35,10 @@ class TritonPythonModel:
         )
         self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
         return [self._respond(request) for request in requests]
 
-    def _respond(self, request):
+    def _respond(self, request: Any) -> pb_utils.InferenceResponse:
         try:
             heatmaps = self._draw(request)
         except (ParameterError, TensorError) as error:
@@ -45,7 +48,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=triton_error("failed", f"heatmap failed: {failure!r:.200}"))
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("HEATMAP", heatmaps)])
 
-    def _draw(self, request) -> np.ndarray:
+    def _draw(self, request: Any) -> np.ndarray:
         """PNG files [n, 1] of a request."""
         parameters = parse_parameters(json.loads(request.parameters()), self.foreign_parameters)
         pixels, relevance = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +65,7 @@ class AttributionMetrics:
         self._make_family, self._labels, self._waiting = make_family, dict(labels), waiting
         self._before_flush = before_flush
         self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, Labels]] = Counter()
+        self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, Labels], Any] = {}
         self._is_over = threading.Event()
@@ -104,7 +104,7 @@ class AttributionMetrics:
         """Hand on what has come since the last time."""
         self._before_flush()
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            counts, self._counts = self._counts, defaultdict(float)
         for (name, labels), more in counts.items():
             metric = self._metric(name, labels)
             if metric is not None and (more or name.endswith("_total")):

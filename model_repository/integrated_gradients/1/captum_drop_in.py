@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +52,12 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         jobs = None
         if additional_forward_args is None:
             jobs = self._jobs(inputs, baselines, target, n_steps, method)
-        found: list[Explanation | None] | None = None
+        found: list[Explanation] = []
         if jobs is not None:
-            try:
-                found = self.engine.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
-            except UnsupportedOutputError:
-                found = None
-        if found is None:
+            with contextlib.suppress(UnsupportedOutputError):
+                explained = self.engine.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
+                found = [each for each in explained if each is not None]  # none of them can be cancelled
+        if not found:
             return super().attribute(
                 inputs,
                 baselines,
@@ -72,7 +72,8 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         attributions = (stacked,) if isinstance(inputs, tuple) else stacked
         if not return_convergence_delta:
             return attributions
-        return attributions, torch.stack([explanation.convergence_delta for explanation in found])
+        deltas = [each.convergence_delta for each in found if each.convergence_delta is not None]
+        return attributions, torch.stack(deltas)
 
     def _jobs(self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str) -> list[Job] | None:
         """A call in Captum's form as jobs; None for one that the engine does not accelerate."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,17 +43,16 @@ class Rows:
     @classmethod
     def like(cls, features: Tensor, dtype: torch.dtype, count: int) -> Rows:
         """Zeros for ``count`` rows of features as in ``features`` [1, ...]."""
-        place = {"device": features.device}
-        shape = (count, *features.shape[1:])
-        zeros = torch.zeros(shape, dtype=dtype, **place)
+        device = features.device
+        zeros = torch.zeros((count, *features.shape[1:]), dtype=dtype, device=device)
         if features.is_contiguous(memory_format=memory_format(features)):
             zeros = zeros.contiguous(memory_format=memory_format(features))
         return cls(
             zeros,
-            torch.zeros(count, 2, dtype=torch.int64, **place),
-            torch.zeros(count, 2, dtype=dtype, **place),
-            torch.zeros(count, 1, dtype=torch.bool, **place),
-            torch.zeros(count, dtype=torch.bool, **place),
+            torch.zeros(count, 2, dtype=torch.int64, device=device),
+            torch.zeros(count, 2, dtype=dtype, device=device),
+            torch.zeros(count, 1, dtype=torch.bool, device=device),
+            torch.zeros(count, dtype=torch.bool, device=device),
         )
 
     def __getitem__(self, rows: slice) -> Rows:
@@ -74,9 +72,7 @@ class Network:
         float64_stem: evaluate a stem whose layers are known in float64.
     """
 
-    def __init__(
-        self, module: Callable[..., Any], precision: torch.dtype | None = None, float64_stem: bool = True
-    ) -> None:
+    def __init__(self, module: Any, precision: torch.dtype | None = None, float64_stem: bool = True) -> None:
         self.module = module
         self.precision = precision
         self.hoists = hasattr(module, "stem") and hasattr(module, "tail")
@@ -168,7 +164,7 @@ class EagerPasses:
 
     def __init__(self, network: Network, max_rows: int) -> None:
         self._network, self._max_rows = network, max_rows
-        self._buffers: dict[tuple, Rows] = {}
+        self._buffers: dict[tuple[Any, ...], Rows] = {}
 
     def buffers(self, features: Tensor, dtype: torch.dtype) -> Rows:
         """Room for ``max_rows`` rows of features as in ``features`` [1, ...]."""
@@ -199,7 +195,7 @@ class CapturedPasses(EagerPasses):
         eighths = {max(1, max_rows * part // 8) for part in range(1, 9)}
         self._counts = sorted(eighths | {count for count in USUAL_ROW_COUNTS if count < max_rows})
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = None
+        self._pool: Any = None  # of memory, which the graphs share
         self._captures = True
 
     def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:

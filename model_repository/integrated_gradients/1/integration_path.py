@@ -125,7 +125,7 @@ class IntegrationPath:
         Args:
             difference: [1, ...], of two weighted sums of gradients behind the stem.
         """
-        attributions, between = self._pull_back(torch.cat((self.rule.gradient, difference)))
+        attributions, between = self._pull_back(torch.cat((self._gradient, difference)))
         change = self._change
         size = attributions.abs().sum()
         gap = attributions.sum() - change if self._multiply_by_inputs else torch.zeros_like(size)
@@ -138,12 +138,18 @@ class IntegrationPath:
         job, weight_sum, delta = self.job, 1.0, None
         attributions = self._attributions
         if attributions is None:
-            (attributions,) = self._pull_back(self.rule.gradient)
+            (attributions,) = self._pull_back(self._gradient)
         if job.parts > 1:
             weight_sum = quadrature(job.method, job.n_steps)[1][job.part :: job.parts].sum().item()
         if with_delta:
             delta = attributions.sum() - weight_sum * self._change
         return Explanation(attributions, delta, self.rule.n_steps, self.rule.error_estimate, weight_sum)
+
+    @property
+    def _gradient(self) -> Tensor:
+        """The rule's answer [1, ...]; there is one after each complete stage."""
+        assert self.rule.gradient is not None
+        return self.rule.gradient
 
     def _pull_back(self, gradients: Tensor) -> Tensor:
         """Attributions [n, ...] of weighted sums of gradients [n, ...] behind the stem."""

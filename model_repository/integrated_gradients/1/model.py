@@ -10,7 +10,9 @@ import threading
 import time
 import traceback
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,17 +36,17 @@ from row_scheduler import Admission, OverloadedError
 LAST_WORDS_SECONDS = 0.5
 
 
+@dataclass(eq=False)
 class _Request:
-    """A request under way: its work, its reply and the explanations so far, by an image's place in it."""
+    """A valid request under way: its work, its reply and the explanations so far, by an image's place in it."""
 
-    def __init__(self, request, arrived: float) -> None:
-        self.reply = Reply(request, arrived)
-        self.work: Work | None = None
-        self.explanations: dict[int, Explanation | None] = {}
+    work: Work
+    reply: Reply
+    explanations: dict[int, Explanation | None] = field(default_factory=dict)
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         # Where an MPS daemon runs on the GPU; read when CUDA starts.
@@ -91,7 +93,7 @@ class TritonPythonModel:
             f"on {self.device}, {self.engine.max_rows} rows a chunk, {uncalibrated or 'calibrated'}"
         )
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[None]:
         """Hand requests to the thread that computes; return when they are answered, or after ``hold_seconds``.
 
         While this waits, further requests gather in Triton. A long request must not keep short ones there until its
@@ -99,28 +101,29 @@ class TritonPythonModel:
         gradient. Triton takes answers after this has returned.
         """
         arrived = time.monotonic()
-        coming = [_Request(request, arrived) for request in requests]
-        wait = 0.0
-        for request, own in zip(requests, coming):
-            # Triton must not see an exception: it would answer again what has been answered, and free it twice.
-            try:
-                own.work = self.reader.read(request)
-                jobs = self.reader.jobs(own.work, own.reply)
-                wait = max(wait, self.worker.submit(jobs, partial(self._done, own)))
-            except (ParameterError, TensorError) as refusal:
-                self._refuse(own, "invalid", str(refusal))
-            except OverloadedError as refusal:
-                wait = math.inf
-                if self.breaker is not None and refusal.rows is not None:
-                    self.breaker.open(refusal.rows, refusal.seconds)
-                self._refuse(own, "overloaded", str(refusal))
-            except Exception as failure:
-                self._fail(own, failure)
-        if wait > self.hold_seconds:  # and so will what gathers behind this batch, which should be judged at once
-            return [None] * len(requests)
-        for own in coming:
-            own.reply.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
+        replies = [Reply(request, arrived) for request in requests]
+        # What gathers behind a batch that waits longer should be judged at once.
+        if max(self._take(request, reply) for request, reply in zip(requests, replies)) <= self.hold_seconds:
+            for reply in replies:
+                reply.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
         return [None] * len(requests)
+
+    def _take(self, request: Any, reply: Reply) -> float:
+        """Have a request explained, or answer it; returns the seconds that it waits for its first gradient."""
+        # Triton must not see an exception: it would answer again what has been answered, and free it twice.
+        try:
+            own = _Request(self.reader.read(request), reply)
+            return self.worker.submit(self.reader.jobs(own.work, reply), partial(self._done, own))
+        except (ParameterError, TensorError) as refusal:
+            self._refuse(reply, "invalid", str(refusal))
+        except OverloadedError as refusal:
+            if self.breaker is not None and refusal.rows is not None:
+                self.breaker.open(refusal.rows, refusal.seconds)
+            self._refuse(reply, "overloaded", str(refusal))
+            return math.inf
+        except Exception as failure:
+            self._fail(reply, failure)
+        return 0.0
 
     def _done(self, request: _Request, number: int, found: Explanation | Exception | None) -> None:
         """In the worker's thread: an image of a request is done; after the last one it is answered."""
@@ -133,7 +136,7 @@ class TritonPythonModel:
             if len(request.explanations) == len(request.work.targets):
                 self._respond(request)
         except Exception as failure:
-            self._fail(request, failure)
+            self._fail(request.reply, failure)
 
     def _respond(self, request: _Request) -> None:
         """Answer a request all of whose images are explained or given up."""
@@ -141,28 +144,28 @@ class TritonPythonModel:
         explanations = [found for _, found in sorted(request.explanations.items()) if found is not None]
         if len(explanations) < len(work.targets):
             if reply.is_late():
-                self._refuse(request, "late", f"the request's timeout of {reply.timeout_seconds:g} s is over")
+                self._refuse(reply, "late", f"the request's timeout of {reply.timeout_seconds:g} s is over")
             elif reply.is_cancelled():
-                self._refuse(request, "cancelled", "the request was cancelled")
+                self._refuse(reply, "cancelled", "the request was cancelled")
             else:
                 waited = f"the request has waited {self.admission.max_wait_seconds:g} s for its first gradient"
-                self._refuse(request, "overloaded", waited)
+                self._refuse(reply, "overloaded", waited)
             return
         outputs = response_outputs(work, explanations)
         self._count_explanations(request, explanations, outputs)
         reply.send(outputs)
 
-    def _fail(self, request: _Request, failure: Exception) -> None:
+    def _fail(self, reply: Reply, failure: Exception) -> None:
         """Answer for an error of this model's own."""
         pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
         with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
-            self._refuse(request, "failed", f"integrated_gradients failed: {failure!r:.200}")
+            self._refuse(reply, "failed", f"integrated_gradients failed: {failure!r:.200}")
         if isinstance(failure, torch.AcceleratorError):  # nothing works in this process after it
             threading.Thread(target=self._end_process, daemon=True).start()
 
-    def _refuse(self, request: _Request, code: str, message: str) -> None:
+    def _refuse(self, reply: Reply, code: str, message: str) -> None:
         self.metrics.count("requests_total", outcome=code)
-        request.reply.refuse(code, message)
+        reply.refuse(code, message)
 
     def _end_process(self) -> None:
         """After an error of the device: Triton then calls this model not healthy, and whoever probes restarts it."""
@@ -170,7 +173,7 @@ class TritonPythonModel:
         time.sleep(LAST_WORDS_SECONDS)
         os._exit(1)
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.worker.close()
         self.metrics.close()
         if self.breaker is not None:

@@ -26,12 +26,10 @@ class PassClock:
 
     def record(self, passes: Sequence[Pass], seconds: float) -> None:
         """Take note of passes that took so long together."""
-        expected = [self._seconds.get(each) for each in passes]
-        total = sum(each for each in expected if each is not None)
-        if None in expected or not total:  # without all of them known, by their rows
-            expected, total = [each.rows for each in passes], sum(each.rows for each in passes)
+        known_all = all(self._seconds.get(each) for each in passes)  # else they are shared out by their rows
+        expected = [self._seconds[each] if known_all else float(each.rows) for each in passes]
         for each, share in zip(passes, expected):
-            own = seconds * share / total
+            own = seconds * share / sum(expected)
             known = self._seconds.get(each, own)
             self._seconds[each] = known + FOLLOWING * (own - known)
             self._latest = each

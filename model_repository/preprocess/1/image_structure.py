@@ -7,6 +7,7 @@ A file of a few megabytes can hold millions of them, and take hours.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 # A progressive JPEG goes over all its pixels once a scan. Encoders make some ten scans; 200 of 75 bytes each took 9 s
 # on 49 million pixels (2 cores).
@@ -67,7 +68,13 @@ def _check_jpeg(encoded: bytes) -> None:
 
 
 def _check_chunks(
-    encoded: bytes, kind: str, position: int, byte_order: str, length_at: int, around: int, aligned_to: int
+    encoded: bytes,
+    kind: str,
+    position: int,
+    byte_order: Literal["little", "big"],
+    length_at: int,
+    around: int,
+    aligned_to: int,
 ) -> None:
     """Count chunks of a length at a place, with so many bytes around their content."""
     chunks = 0

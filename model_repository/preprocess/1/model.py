@@ -1,5 +1,7 @@
 """Triton model: encoded images in, normalised pixels out."""
 
+from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+
 import json
 import os
 import sys
@@ -7,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -31,7 +34,7 @@ COUNTERS = {
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         # Pillow's remarks on strangers' files: every new text would be logged, and remembered for good.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         parameters = json.loads(args["model_config"])["parameters"]
@@ -49,7 +52,7 @@ class TritonPythonModel:
                 own = {**labels, "outcome": "overloaded"} if name == "overloaded_total" else labels
                 self.metrics[name] = family.Metric(labels=own)
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.metrics.clear()  # before their families, which they must not outlive
         self.families.clear()
 
@@ -57,10 +60,10 @@ class TritonPythonModel:
         if name in self.metrics:
             self.metrics[name].increment(1)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
         return [self._respond(request) for request in requests]
 
-    def _respond(self, request):
+    def _respond(self, request: Any) -> pb_utils.InferenceResponse:
         try:
             pixels, target = self._preprocess(request)
         except ImageError as error:
@@ -75,7 +78,7 @@ class TritonPythonModel:
             output_tensors=[pb_utils.Tensor("PIXELS", pixels), pb_utils.Tensor("RESOLVED_TARGET", target)]
         )
 
-    def _preprocess(self, request) -> tuple[np.ndarray, np.ndarray]:
+    def _preprocess(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
         """Pixels float32 [n, 3, 224, 224] and targets int64 [n, 1] of a request."""
         files = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
