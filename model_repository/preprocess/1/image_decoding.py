@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from image_structure import ImageError, check_structure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional
 
 RESIZED_SIDE = 256
@@ -111,7 +111,7 @@ def _refusing(limits: ImageLimits) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, while it opens the file
         raise ImageError(f"IMAGE has too many pixels; at most {limits.max_pixels} in all are allowed") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"IMAGE is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
     except Exception as error:  # Pillow's readers raise whatever their parsers stumble over
         raise ImageError(f"IMAGE cannot be decoded: {str(error) or type(error).__name__:.200}") from None

@@ -1,0 +1,223 @@
+"""Whose rows come next, on made-up paths: no tensor, no network."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+from row_scheduler import (
+    CANCELLATION_CHECK_SECONDS,
+    FAIRNESS_FACTOR,
+    URGENT_SECONDS,
+    Admission,
+    OverloadedError,
+    RowScheduler,
+    Task,
+    halve,
+)
+
+
+@dataclass(eq=False)
+class MadeUpPath:
+    rows_left: int
+    overlap: int = 0
+    shape: str = "square"
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """Seconds of a clock that stands still until it is set."""
+    time = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: time[0])
+    return time
+
+
+def under_way(limit: int, *paths: MadeUpPath, **options) -> RowScheduler[Task, MadeUpPath]:
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(limit)
+    for path in paths:
+        task = Task(path.rows_left, 0, **options)
+        scheduler.add(task)
+        scheduler.start(task, path)
+    return scheduler
+
+
+def pass_all(scheduler: RowScheduler[Task, MadeUpPath], equal: bool = True) -> list[int]:
+    """Rows of each pass until nothing is left."""
+    rows = []
+    while scheduler.has_rows:
+        chunk = scheduler.next_chunk(equal)
+        rows.append(chunk[-1].rows.stop)
+        for piece in chunk:
+            taken = piece.rows.stop - piece.rows.start - piece.path.overlap
+            piece.path.rows_left -= taken
+            if piece.path.rows_left <= piece.path.overlap:
+                scheduler.end(piece.task, piece.path)
+    return rows
+
+
+def test_chunks_are_of_equal_size_where_passes_are_not_padded():
+    assert pass_all(under_way(8, MadeUpPath(50))) == [8, 7, 7, 7, 7, 7, 7]
+    assert pass_all(under_way(8, MadeUpPath(50)), equal=False) == [8] * 6 + [2]
+
+
+def test_paths_share_a_chunk_and_their_places_adjoin():
+    scheduler = under_way(8, MadeUpPath(3), MadeUpPath(4), MadeUpPath(9))
+    chunk = scheduler.next_chunk(equal=False)
+    assert [(piece.rows.start, piece.rows.stop) for piece in chunk] == [(0, 3), (3, 7), (7, 8)]
+
+
+def test_paths_of_another_shape_wait_for_a_chunk_of_their_own():
+    scheduler = under_way(8, MadeUpPath(3), MadeUpPath(2, shape="wide"), MadeUpPath(3))
+    assert len(scheduler.next_chunk(equal=False)) == 1
+    assert pass_all(scheduler, equal=False) == [3, 2, 3]
+
+
+def test_a_piece_of_a_path_with_overlap_has_at_least_two_rows():
+    scheduler = under_way(8, MadeUpPath(7), MadeUpPath(9, overlap=1))
+    assert [piece.rows for piece in scheduler.next_chunk(equal=False)] == [slice(0, 7)]
+
+
+def test_a_path_with_overlap_is_not_cut_into_more_pieces_than_it_takes_alone():
+    # Alone, 15 rows are three pieces of at most 8, each of which ends with a row of the next one's.
+    scheduler = under_way(8, MadeUpPath(4), MadeUpPath(15, overlap=1))
+    pieces = 0
+    while scheduler.has_rows:
+        for piece in scheduler.next_chunk(equal=True):
+            pieces += piece.path.overlap
+            piece.path.rows_left -= piece.rows.stop - piece.rows.start - piece.path.overlap
+            if piece.path.rows_left <= piece.path.overlap:
+                scheduler.end(piece.task, piece.path)
+    assert pieces <= 3
+
+
+def test_half_a_chunk_ends_where_its_rows_do():
+    chunk = under_way(8, MadeUpPath(3), MadeUpPath(5)).next_chunk(equal=False)
+    assert [piece.rows for piece in halve(chunk)] == [slice(0, 3), slice(3, 4)]
+    assert halve(under_way(8, MadeUpPath(1)).next_chunk(equal=False)) == []
+    assert halve(under_way(8, MadeUpPath(3, overlap=1)).next_chunk(equal=False)) == []
+
+
+def test_short_tasks_overtake_long_ones_until_those_have_their_turn():
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    long = Task(30, rows_before=0)
+    scheduler.add(long)
+    short = Task(5, rows_before=FAIRNESS_FACTOR * 30 - FAIRNESS_FACTOR * 5 - 1)
+    scheduler.add(short)
+    assert scheduler.next_to_start() is short
+    late = Task(5, rows_before=FAIRNESS_FACTOR * 30 - FAIRNESS_FACTOR * 5 + 1)
+    scheduler.start(short, MadeUpPath(0))
+    scheduler.add(late)
+    assert scheduler.next_to_start() is long
+
+
+def test_a_task_that_takes_more_than_expected_falls_back():
+    task, other = Task(5, 0), Task(6, 0)
+    assert task.priority < other.priority
+    task.rows_spent = 7
+    assert task.priority > other.priority
+
+
+def test_a_near_deadline_goes_before_all_others_and_a_far_one_does_not(now):
+    far, short = Task(20, 0, deadline=now[0] + URGENT_SECONDS + 1), Task(5, 0)
+    assert short.priority < far.priority
+    now[0] += 2
+    assert far.priority < short.priority
+
+
+def test_paths_are_started_late_and_are_few():
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    task = Task(400, 0, samples_left=40)
+    scheduler.add(task)
+    started = 0
+    while scheduler.next_to_start() is task:
+        scheduler.start(task, MadeUpPath(5))
+        started += 1
+    assert started == 2  # whose 10 rows fill a chunk of 8
+
+
+def test_paths_that_urgent_ones_overtake_are_bounded(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(4)
+    started = 0
+    for _ in range(100):
+        task = Task(1, 0, deadline=now[0] + 1)
+        scheduler.add(task)
+        while scheduler.next_to_start() is task:
+            scheduler.start(task, MadeUpPath(0))
+            started += 1
+    assert started == 16
+
+
+def test_rows_of_what_waits_and_of_what_is_under_way_go_before():
+    scheduler = under_way(8, MadeUpPath(10))
+    scheduler.add(Task(20, 0))
+    scheduler.add(Task(100, 0))
+    assert scheduler.rows_before(Task(50, 0).priority) == 30
+
+
+def test_a_task_that_has_not_started_in_time_is_given_up(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    task = Task(5, 0, start_by=now[0] + 1)
+    scheduler.add(task)
+    assert scheduler.drop_given_up() == []
+    now[0] += 1
+    assert scheduler.drop_given_up() == [task]
+    assert scheduler.is_idle
+
+
+def test_a_started_task_is_not_given_up_for_its_wait(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    task = Task(5, 0, start_by=now[0] + 1)
+    scheduler.add(task)
+    scheduler.start(task, MadeUpPath(5))
+    now[0] += 10
+    assert scheduler.drop_given_up() == []
+
+
+def test_all_are_asked_at_intervals_whether_they_are_cancelled(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(2)
+    asked: set[int] = set()
+    for number in range(10):
+        scheduler.add(Task(5, number, is_cancelled=lambda number=number: bool(asked.add(number))))
+    scheduler.drop_given_up()
+    assert asked == {0, 1}
+    now[0] += CANCELLATION_CHECK_SECONDS
+    scheduler.drop_given_up()
+    assert asked == set(range(10))
+
+
+def test_late_tasks_start_no_more_paths(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    task = Task(50, 0, samples_left=5, deadline=now[0] + 1)
+    scheduler.add(task)
+    path = MadeUpPath(5)
+    scheduler.start(task, path)
+    assert scheduler.late() == []
+    now[0] += 1
+    assert scheduler.late() == [(task, path)]
+    scheduler.end(task, path)
+    assert scheduler.take_finished() == [task]
+    assert scheduler.take_finished() == []
+    assert scheduler.is_idle
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_every_row_of_every_path_is_taken_once(equal):
+    for sizes in itertools.product((1, 7, 8, 9, 50), repeat=2):
+        taken = pass_all(under_way(8, *(MadeUpPath(size) for size in sizes)), equal)
+        assert sum(taken) == sum(sizes)
+        assert max(taken) <= 8
+
+
+def test_a_request_alone_is_admitted_however_many_images_it_has():
+    Admission(5, 10).check(jobs=32, rows=50, waiting=0, wait_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "wait_seconds", "message"),
+    [(9, 0, "9 images wait for their gradients, and at most 10 may"), (1, 6, "take about 6.0 s, and at most 5 s")],
+)
+def test_more_than_may_wait_is_rejected_and_says_so(waiting, wait_seconds, message):
+    with pytest.raises(OverloadedError, match=message):
+        Admission(5, 10).check(2, 50, waiting, wait_seconds)
+    Admission(5, 10).check(2, 50, waiting - 1, wait_seconds - 1)
