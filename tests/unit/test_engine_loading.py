@@ -133,3 +133,9 @@ def test_options_are_those_of_glibcs_malloc_h() -> None:
 def test_another_c_library_is_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_loading.ctypes, "CDLL", lambda name: object())
     assert build_engine(file, CPU, SHAPE).max_rows == CPU_MAX_ROWS
+
+
+@pytest.mark.xfail(strict=True, reason="negative numbers of rows are taken, and explaining never ends")
+def test_negative_rows_are_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match="max_rows must be 0 or at least 2"):
+        build_engine(file, CPU, SHAPE, max_rows=-3)

@@ -117,3 +117,23 @@ def test_what_is_seen_is_rgb_whatever_the_file_holds(mode: str) -> None:
     file = file_of(image, "JPEG" if mode == "CMYK" else "PNG")
     expected = TORCHVISION(decoded(file).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(as_seen(file)), np.asarray(expected))
+
+
+@pytest.mark.xfail(strict=True, reason="the long side is rounded, where torchvision cuts it, and so is the crop's edge")
+@pytest.mark.parametrize("size", [(640, 427), (411, 260), (260, 411), (320, 200)], ids=str)
+def test_what_is_seen_is_torchvisions_crop_where_sides_are_no_whole_numbers(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    np.testing.assert_array_equal(np.asarray(as_seen(file_of(image))), np.asarray(TORCHVISION(image)))
+
+
+@pytest.mark.xfail(strict=True, reason="Pillow clips 16 bits to 8 instead of keeping the high byte, as the server does")
+def test_what_is_seen_of_16_bits_is_their_high_byte() -> None:
+    values = np.linspace(0, 65535, 300 * 300).reshape(300, 300).astype(np.uint16)
+    expected = TORCHVISION(Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(as_seen(file_of(Image.fromarray(values)))), np.asarray(expected))
+
+
+@pytest.mark.xfail(strict=True, reason="PNG files have no such mode, and Pillow's error is passed on")
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
+def test_a_pil_image_of_a_mode_that_png_lacks_is_sent_as_rgb(mode: str) -> None:
+    assert decoded(encoded(picture(40, 30).convert(mode))).mode == "RGB"

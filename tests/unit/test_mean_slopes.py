@@ -261,3 +261,19 @@ def test_a_pool_of_any_shape_accounts_for_the_whole_change(options: dict) -> Non
     # Exact but for float64 rounding.
     torch.testing.assert_close((gradient[0] * (ends[1] - ends[0])).sum(), change, rtol=0, atol=1e-12)
     assert not gradient[1].any()
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.relu(input=images)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="a layer's input is looked for by its place alone")
+def test_an_input_may_be_given_by_its_name() -> None:
+    network = with_mean_slopes(ByKeyword())
+    images = random(2, 3, 4, 4)
+    torch.testing.assert_close(network(images, PAIR), images.relu(), rtol=0, atol=0)

@@ -97,3 +97,9 @@ def test_edges_invert_the_densitys_integral(output: str, n_steps: int) -> None:
     )
     # Float64 rounding alone.
     np.testing.assert_allclose(found.edges(output, n_steps), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.xfail(strict=True, raises=OverflowError, reason="an integer that no float holds is not caught")
+def test_a_law_of_integers_beyond_floats_is_not_valid(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="has no valid density or error_law for 'logit'"):
+        PathDensity.load(write(tmp_path, scale=10**400), SHA256)
