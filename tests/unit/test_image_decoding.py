@@ -1,6 +1,7 @@
 """`preprocess` against torchvision's own transform."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -141,6 +142,12 @@ def test_a_marker_that_no_jpeg_has_is_refused_by_itself():
         check_structure(with_segments(encode(SCENE, "JPEG"), 1, b"\x02\x00\x02"))
 
 
+def webp_of_chunks(webp: bytes, count: int) -> bytes:
+    """A WebP file with so many small chunks before its own."""
+    chunks = b"ABCD\x01\0\0\0x\0" * count + webp[12:]
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
 def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
     jpeg, webp = encode(SCENE, "JPEG"), encode(SCENE, "WEBP")
     exif, other = b"\xe1\x00\x08Exif\0\0", b"\xe5\x00\x02"
@@ -148,7 +155,7 @@ def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
         (MOST_JPEG_SEGMENTS, lambda count: with_segments(jpeg, count, other)),
         (MOST_EXIF_SEGMENTS, lambda count: with_segments(jpeg, count, exif)),
         (MOST_CHUNKS, lambda count: png_of_size(8, 8, count)),
-        (MOST_CHUNKS, lambda count: webp[:12] + b"ABCD\x01\0\0\0x\0" * count + webp[12:]),
+        (MOST_CHUNKS, lambda count: webp_of_chunks(webp, count)),
     ):
         check_structure(file(most // 2))
         with pytest.raises(ImageError, match=r"too many segments|of over 20000 chunks"):

@@ -166,7 +166,7 @@ def add_mean_slopes(network: torch.fx.GraphModule) -> bool:
         # A name of its own for each call: a layer may be called more than once.
         name = f"mean_slope_{number}"
         network.add_submodule(name, _REPLACEMENTS[type(layer)](layer))
-        node.target, node.args, node.kwargs = name, (node.args[0], paired), {}
+        node.target, node.args, node.kwargs = name, (node.all_input_nodes[0], paired), {}
     network.delete_all_unused_submodules()
     network.graph.lint()
     network.recompile()

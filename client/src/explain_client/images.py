@@ -13,12 +13,13 @@ from PIL import Image, ImageOps
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 # What the server's `preprocess` does: the short side resized, the centre cropped.
 RESIZED_SIDE, CROPPED_SIDE = 256, 224
 
 
 def encoded(image: ImageSource) -> bytes:
-    """The file to send: as it is where there is one, else a PNG file.
+    """The file to send: as it is where there is one, else a PNG file, RGB where PNG does not have the image's mode.
 
     Args:
         image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3] or
@@ -38,6 +39,8 @@ def encoded(image: ImageSource) -> bytes:
             )
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
+        if image.mode not in PNG_MODES:
+            image = image.convert("RGB")
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=1)
         return file.getvalue()
@@ -47,8 +50,12 @@ def encoded(image: ImageSource) -> bytes:
 def as_seen(file: bytes) -> Image.Image:
     """What the classifier sees of an image file, RGB 224 x 224, to be shown beside its heatmap."""
     with Image.open(io.BytesIO(file)) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    scale = RESIZED_SIDE / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-    left, top = ((side - CROPPED_SIDE) // 2 for side in image.size)
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):  # 16 bits, of which the high byte counts
+        image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
+    image = image.convert("RGB")
+    short = min(image.size)  # sides and edges as torchvision rounds them
+    size = (RESIZED_SIDE * image.width // short, RESIZED_SIDE * image.height // short)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - CROPPED_SIDE) / 2) for side in image.size)
     return image.crop((left, top, left + CROPPED_SIDE, top + CROPPED_SIDE))

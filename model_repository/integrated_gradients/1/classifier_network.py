@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 # float16 underflows below 6e-8, and gradients with respect to early features get that small.
 FLOAT16_GRADIENT_SCALE = 64.0
-# Places and weights on [0, 1] for means of the softmax's gradient: a probability's change comes out to 2e-6 where a
-# logit moves by 20 from one row to the next.
+# Places and weights on [0, 1] for means of the softmax's gradient. A probability's change comes out to 3e-7 where a
+# logit moves by 10 from one row to the next, and to 2e-3 where it moves by 20.
 SOFTMAX_QUADRATURE = tuple(values.tolist() for values in quadrature("gausslegendre", 16))
 # What PyTorch's notes on CUDA graphs ask for before a capture, on a stream of its own.
 CAPTURE_WARMUPS = 3

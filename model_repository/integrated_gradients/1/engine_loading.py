@@ -20,7 +20,7 @@ CPU_MAX_ROWS = 9
 MALLOC_OPTIONS = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD
     -2: 256 << 20,  # M_TOP_PAD
-    -3: 32 << 20,  # M_MMAP_THRESHOLD, the most that it takes
+    -3: 32 << 20,  # M_MMAP_THRESHOLD
     -8: 1,  # M_ARENA_MAX
 }
 # On a GPU: at most so many rows, and at most this share of the memory that is free.
@@ -49,7 +49,7 @@ def build_engine(
     Raises:
         ValueError: no such precision, or a single row.
     """
-    if max_rows == 1:
+    if max_rows == 1 or max_rows < 0:
         raise ValueError("max_rows must be 0 or at least 2: a mean gradient between two points takes both")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")

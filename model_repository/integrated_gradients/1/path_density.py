@@ -43,13 +43,13 @@ class PathDensity:
         Raises:
             CalibrationError: there is no such file, it cannot be read, or it is another network's.
         """
-        hint = "python -m tools.calibrate writes it"
+        hint = ".venv/bin/python -m tools.calibrate writes it"
         try:
             content = json.loads(file.read_text())
             found = content["model_sha256"]
         except FileNotFoundError:
             raise CalibrationError(f"this network has no {file.name}; {hint}") from None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CalibrationError(f"{file.name} cannot be read ({error!r:.100}); {hint}") from None
         if found != model_sha256:
             raise CalibrationError(
@@ -64,7 +64,7 @@ class PathDensity:
                 is_valid = is_valid and bool((density.isfinite() & (density >= 0)).all())
                 is_valid = is_valid and all(0 < value < math.inf for value in vars(law).values())
                 is_valid = is_valid and law.order >= LEAST_ORDER
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
                 is_valid = False
             if not is_valid:
                 raise CalibrationError(f"{file.name} has no valid density or error_law for {name!r}; {hint}")

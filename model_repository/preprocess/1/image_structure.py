@@ -39,9 +39,10 @@ def check_structure(encoded: bytes) -> None:
     if encoded.startswith(b"\xff\xd8"):
         _check_jpeg(encoded)
     elif encoded.startswith(b"\x89PNG"):
-        _check_chunks(encoded, "PNG", 8, "big", length_at=0, around=12, aligned_to=1)
+        _check_chunks(encoded, "PNG", 8, len(encoded), "big", length_at=0, around=12, aligned_to=1)
     elif encoded.startswith(b"RIFF"):
-        _check_chunks(encoded, "WebP", 12, "little", length_at=4, around=8, aligned_to=2)
+        end = min(len(encoded), 8 + int.from_bytes(encoded[4:8], "little"))
+        _check_chunks(encoded, "WebP", 12, end, "little", length_at=4, around=8, aligned_to=2)
 
 
 def _check_jpeg(encoded: bytes) -> None:
@@ -71,16 +72,20 @@ def _check_chunks(
     encoded: bytes,
     kind: str,
     position: int,
+    end: int,
     byte_order: Literal["little", "big"],
     length_at: int,
     around: int,
     aligned_to: int,
 ) -> None:
-    """Count chunks of a length at a place, with so many bytes around their content."""
+    """Count chunks of a length at a place, with so many bytes around their content, up to the end of the image."""
     chunks = 0
-    while position + around <= len(encoded):
+    while position + around <= end:
+        is_last = kind == "PNG" and encoded.startswith(b"IEND", position + 4)
         length = int.from_bytes(encoded[position + length_at : position + length_at + 4], byte_order)
         position += around + length + -length % aligned_to
         chunks += 1
         if chunks > MOST_CHUNKS:
             raise ImageError(f"IMAGE is a {kind} file of over {MOST_CHUNKS} chunks")
+        if is_last:
+            return

@@ -1,0 +1,139 @@
+"""A TorchScript file becomes an engine for its device.
+
+Not tested here: the rows that fit a GPU's memory, which only a CUDA device can tell.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from attribution_engine import AttributionEngine
+from engine_loading import CPU_MAX_ROWS, MALLOC_OPTIONS, PRECISIONS, allow_tf32, build_engine
+from path_density import PathDensity
+from torch import nn
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+
+
+@pytest.fixture(scope="module")
+def file(module: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    torch.jit.script(module).save(str(path))
+    return path
+
+
+def loaded_module(engine: AttributionEngine) -> torch.jit.ScriptModule:
+    module = engine.network.module
+    assert isinstance(module, torch.jit.ScriptModule)
+    return module
+
+
+@pytest.fixture
+def tf32_flags() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_engine_has_the_files_network(module: nn.Module, file: Path) -> None:
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(images)
+        found = build_engine(file, CPU, SHAPE).network(images)
+    # The same float32 sums, perhaps in another order: the weights lie in memory in another layout.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_engines_weights_take_no_gradients_and_lie_channels_last(file: Path) -> None:
+    network = loaded_module(build_engine(file, CPU, SHAPE))
+    weights = list(network.parameters())
+    assert len(weights) == 4
+    assert not any(weight.requires_grad for weight in weights)
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.dim() == 4)
+    assert not network.training
+
+
+@pytest.mark.parametrize(("max_rows", "expected"), [(0, CPU_MAX_ROWS), (2, 2), (33, 33)])
+def test_rows_of_a_pass_are_those_asked_for_or_chosen_by_the_device(file: Path, max_rows: int, expected: int) -> None:
+    assert build_engine(file, CPU, SHAPE, max_rows=max_rows).max_rows == expected
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_cpu_computes_in_float32_whatever_the_precision(file: Path, precision: str) -> None:
+    engine = build_engine(file, CPU, SHAPE, precision=precision)
+    assert engine.network.precision is None
+    assert {weight.dtype for weight in loaded_module(engine).parameters()} == {torch.float32}
+
+
+def test_the_engine_has_the_density_that_it_is_given(file: Path) -> None:
+    density = PathDensity({}, {})
+    assert build_engine(file, CPU, SHAPE, density=density).density is density
+    assert build_engine(file, CPU, SHAPE).density is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": 1}, "max_rows must be 0 or at least 2"),
+        ({"precision": "float32"}, "precision must be one of tf32, float16, ieee, not 'float32'"),
+        ({"precision": ""}, "precision must be one of tf32, float16, ieee, not ''"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_before_the_file_is_read(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_engine(tmp_path / "absent.pt", CPU, SHAPE, **options)
+
+
+@pytest.mark.usefixtures("tf32_flags")
+@pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float16", True), ("ieee", False)])
+def test_only_ieee_forbids_tf32(precision: str, allowed: bool) -> None:
+    for before in (True, False):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
+        allow_tf32(precision)
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+        assert torch.backends.cudnn.allow_tf32 is allowed
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")
+def test_what_a_pass_frees_stays_with_the_process_for_the_next(file: Path) -> None:
+    build_engine(file, CPU, SHAPE)
+
+    def new_pages() -> int:
+        """Pages that the system had to give for 64 MiB, freed on return."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        activations = [torch.ones(4 << 20) for _ in range(4)]
+        assert len(activations) == 4
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # Memory that had gone back to the system would take 16,384 pages of 4 KiB, or 32 huge ones, each time. The first
+    # times take some until the freed pieces fit.
+    assert min(new_pages() for _ in range(6)) < 16
+
+
+def test_options_are_those_of_glibcs_malloc_h() -> None:
+    """It takes unknown ones without a word."""
+    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
+    assert set(MALLOC_OPTIONS) == {trim_threshold, top_pad, mmap_threshold, arena_max}
+
+
+def test_another_c_library_is_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert build_engine(file, CPU, SHAPE).max_rows == CPU_MAX_ROWS
+
+
+def test_negative_rows_are_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match="max_rows must be 0 or at least 2"):
+        build_engine(file, CPU, SHAPE, max_rows=-3)

@@ -1,0 +1,136 @@
+"""Images in the forms a caller has them, and the crop that the classifier sees, against torchvision's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+from explain_client.images import as_seen, encoded
+
+TORCHVISION = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Colours that change everywhere, smoothly enough to be resized."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def file_of(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def decoded(file: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(file)) as opened:
+        opened.load()
+        return opened
+
+
+def test_bytes_and_files_are_sent_as_they_are(tmp_path: Path) -> None:
+    content = file_of(picture(40, 30), "JPEG")
+    (tmp_path / "picture.jpg").write_bytes(content)
+    assert encoded(content) is content
+    assert encoded(tmp_path / "picture.jpg") == encoded(str(tmp_path / "picture.jpg")) == content
+
+
+def test_what_the_bytes_are_is_the_servers_to_judge() -> None:
+    assert encoded(b"no image") == b"no image"
+    assert encoded(b"") == b""
+
+
+def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        encoded(tmp_path / "absent.png")
+    with pytest.raises(OSError, match="directory"):
+        encoded(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "I;16"])
+def test_a_pil_image_becomes_a_png_file_without_loss(mode: str) -> None:
+    image = picture(40, 30).convert("L").convert("I;16") if mode == "I;16" else picture(40, 30).convert(mode)
+    found = decoded(encoded(image))
+    assert (found.format, found.mode, found.size) == ("PNG", mode, (40, 30))
+    np.testing.assert_array_equal(np.asarray(found.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+@pytest.mark.parametrize("shape", [(30, 40, 3), (30, 40), (1, 1, 3)], ids=str)
+def test_an_array_becomes_a_png_file_without_loss(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    found = decoded(encoded(array))
+    assert found.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(found), array)
+
+
+def test_an_array_need_not_lie_in_one_piece() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (3, 30, 40), np.uint8).transpose(1, 2, 0)[::-1, ::2]
+    np.testing.assert_array_equal(np.asarray(decoded(encoded(array))), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((8, 8, 3)), "float64 [8, 8, 3]"),
+        (np.zeros((8, 8, 4), np.uint8), "uint8 [8, 8, 4]"),
+        (np.zeros((3, 8, 8), np.uint8), "uint8 [3, 8, 8]"),
+        (np.zeros((8, 8), np.uint16), "uint16 [8, 8]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "uint8 [1, 8, 8, 3]"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_another_array_is_refused_with_what_it_is(array: np.ndarray, said: str) -> None:
+    with pytest.raises(TypeError) as refusal:
+        encoded(array)
+    assert str(refusal.value).endswith(f"must be uint8 [height, width, 3] or [height, width], not {said}")
+
+
+@pytest.mark.parametrize(
+    "size", [(256, 256), (300, 300), (512, 256), (400, 320), (320, 400), (224, 448), (10, 10)], ids=str
+)
+def test_what_is_seen_is_torchvisions_centre_crop(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    seen = as_seen(file_of(image))
+    assert (seen.mode, seen.size) == ("RGB", (224, 224))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(TORCHVISION(image)))
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_what_is_seen_stands_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = file_of(picture(512, 256), "JPEG", exif=exif)
+    upright = ImageOps.exif_transpose(decoded(file))
+    assert upright.size == ((512, 256) if orientation == 3 else (256, 512))
+    np.testing.assert_array_equal(np.asarray(as_seen(file)), np.asarray(TORCHVISION(upright)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_what_is_seen_is_rgb_whatever_the_file_holds(mode: str) -> None:
+    image = picture(300, 300).convert(mode)
+    file = file_of(image, "JPEG" if mode == "CMYK" else "PNG")
+    expected = TORCHVISION(decoded(file).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(as_seen(file)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(640, 427), (411, 260), (260, 411), (320, 200)], ids=str)
+def test_what_is_seen_is_torchvisions_crop_where_sides_are_no_whole_numbers(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    np.testing.assert_array_equal(np.asarray(as_seen(file_of(image))), np.asarray(TORCHVISION(image)))
+
+
+def test_what_is_seen_of_16_bits_is_their_high_byte() -> None:
+    values = np.linspace(0, 65535, 300 * 300).reshape(300, 300).astype(np.uint16)
+    expected = TORCHVISION(Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(as_seen(file_of(Image.fromarray(values)))), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
+def test_a_pil_image_of_a_mode_that_png_lacks_is_sent_as_rgb(mode: str) -> None:
+    assert decoded(encoded(picture(40, 30).convert(mode))).mode == "RGB"

@@ -1,0 +1,278 @@
+"""Gradients that are means over the way between two points, against DeepLIFT and against the exact change.
+
+Not tested here: float16 and CUDA devices, where every place of a pooling takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import captum.attr
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, add_mean_slopes
+
+PAIR = torch.tensor([True, False])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def seeded(module: nn.Module) -> nn.Module:
+    """Float64, in evaluation mode, with weights and statistics that are anything but neutral."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 2.0, generator=generator)
+    return module.double().eval()
+
+
+class Residual(nn.Module):
+    """The branches, sums and joins of the networks that are served, with one ReLU for three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.relu6 = nn.ReLU6()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.average = nn.AdaptiveAvgPool2d(2)
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.Linear(8 * 4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one = self.relu(self.norm(self.first(images)))
+        two = self.relu(self.second(one)) + one
+        two = self.pool(self.pad(self.relu6(two)))
+        joined = torch.cat((self.average(two), nn.functional.adaptive_avg_pool2d(one, 2)), dim=1)
+        return self.last(self.dropout(torch.flatten(self.relu(joined), 1)))
+
+
+def with_mean_slopes(module: nn.Module) -> torch.fx.GraphModule:
+    network = torch.fx.symbolic_trace(module)
+    for node in network.graph.nodes:
+        node.type = None  # annotations that are strings mean nothing to TorchScript
+    assert add_mean_slopes(network)
+    return network
+
+
+def mean_gradient(network: Callable[[Tensor, Tensor], Tensor], ends: Tensor, target: int) -> Tensor:
+    """The gradient of the first of two points, as a mean over the way to the second."""
+    ends = ends.clone().requires_grad_()
+    return torch.autograd.grad(network(ends, PAIR)[0, target], ends)[0][0]
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already", "ignore:Setting forward, backward hooks")
+def test_one_step_of_a_relu_network_is_deeplifts_rescale_rule() -> None:
+    module = seeded(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU()
+        ).append(nn.Linear(8, 5))
+    )
+    image, baseline = random(1, 3, 8, 8), random(1, 3, 8, 8, seed=1)
+    found = mean_gradient(with_mean_slopes(module), torch.cat((baseline, image)), 2)
+    expected = captum.attr.DeepLift(module).attribute(image, baseline, target=2).detach()
+    # The same quotients and products in float64.
+    torch.testing.assert_close(found * (image - baseline)[0], expected[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("target", [0, 4])
+def test_a_step_accounts_for_the_whole_change_of_the_output(target: int) -> None:
+    module = seeded(Residual())
+    ends = random(2, 3, 8, 8)
+    gradient = mean_gradient(with_mean_slopes(module), ends, target)
+    change = module(ends)[:, target].diff()
+    # Exact but for float64 rounding; the gradient at either end is off by far more.
+    torch.testing.assert_close((gradient * (ends[1] - ends[0])).sum(), change[0], rtol=0, atol=1e-11)
+    ends.requires_grad_()
+    (at_start, _) = torch.autograd.grad(module(ends)[0, target], ends)[0]
+    assert ((at_start * (ends[1] - ends[0])).sum() - change[0]).abs() > 1e-2
+
+
+def test_values_are_the_networks_own_with_pairs_and_without() -> None:
+    module, images = seeded(Residual()), random(4, 3, 8, 8)
+    network = with_mean_slopes(module)
+    expected = module(images)
+    for paired in (None, torch.zeros(4).bool(), torch.tensor([True, True, False, False])):
+        torch.testing.assert_close(network(images, paired), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
+
+
+def test_rows_that_are_not_paired_have_the_gradients_of_points() -> None:
+    module, images = seeded(Residual()), random(4, 3, 8, 8).requires_grad_()
+    network = with_mean_slopes(module)
+    (expected,) = torch.autograd.grad(module(images)[:, 1].sum(), images)
+    (found,) = torch.autograd.grad(network(images, torch.tensor([False, True, False, True]))[:, 1].sum(), images)
+    # A row takes from the next one where it is paired, and else nothing; the last row has none to take from.
+    torch.testing.assert_close(found[[0, 3]], expected[[0, 3]], rtol=0, atol=1e-11)
+    assert (found[1] - expected[1]).abs().max() > 1e-3
+
+
+def test_rows_of_unlike_paths_share_a_pass() -> None:
+    network = with_mean_slopes(seeded(Residual()))
+    first, second = random(2, 3, 8, 8, seed=5), random(3, 3, 8, 8, seed=6)
+    points = torch.cat((first, second)).requires_grad_()
+    paired = torch.tensor([True, False, True, True, False])
+    (together,) = torch.autograd.grad(network(points, paired)[:, 0].sum(), points)
+    for row, ends in ((0, first), (2, second[:2]), (3, second[1:])):
+        # Alone, a row adds nothing of its neighbour's to its gradient.
+        torch.testing.assert_close(together[row], mean_gradient(network, ends, 0), rtol=0, atol=1e-11)
+
+
+def test_a_single_row_is_a_point() -> None:
+    network, image = with_mean_slopes(seeded(Residual())), random(1, 3, 8, 8).requires_grad_()
+    (expected,) = torch.autograd.grad(network(image)[0, 0], image)
+    (found,) = torch.autograd.grad(network(image, torch.tensor([True]))[0, 0], image)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level annotations")
+def test_a_network_with_mean_slopes_can_be_scripted() -> None:
+    network = with_mean_slopes(seeded(Residual()))
+    scripted, ends = torch.jit.script(network), random(2, 3, 8, 8)
+    torch.testing.assert_close(scripted(ends), network(ends), rtol=0, atol=1e-12)
+    expected = mean_gradient(network, ends, 3)
+    with torch.jit.optimized_execution(False):
+        torch.testing.assert_close(mean_gradient(scripted, ends, 3), expected, rtol=0, atol=1e-11)
+
+
+class ByMethod(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.relu()
+
+
+class ByFunction(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.relu(images)
+
+
+class ByParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + self.scale
+
+
+class Product(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images * images
+
+
+class Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(images)[0]
+
+
+UNKNOWN = [nn.Sigmoid(), nn.Softmax(dim=1), nn.GroupNorm(1, 3), nn.LeakyReLU(), nn.Hardtanh(), nn.MaxPool1d(2)]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [*UNKNOWN, ByMethod(), ByFunction(), ByParameter(), Product(), Places()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_network_with_another_layer_is_left_as_it_was(layer: nn.Module) -> None:
+    network = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), layer))
+    before = (str(network.graph), network.code, dict(network.named_modules()))
+    assert add_mean_slopes(network) is False
+    assert (str(network.graph), network.code, dict(network.named_modules())) == before
+
+
+def test_only_activations_and_poolings_are_replaced() -> None:
+    network = with_mean_slopes(seeded(Residual()))
+    kinds = [type(module) for module in network.modules()]
+    # One ReLU is called three times, and has a replacement of its own in each place.
+    assert kinds.count(MeanSlopeActivation) == 4
+    assert kinds.count(MeanSlopeMaxPool) == 1
+    assert kinds.count(nn.Conv2d) == 2
+    assert nn.MaxPool2d not in kinds
+
+
+@pytest.mark.parametrize(
+    ("layer", "start", "end", "slope"),
+    [
+        (nn.ReLU(), -1.0, 3.0, 3 / 4),
+        (nn.ReLU(), 3.0, -1.0, 3 / 4),
+        (nn.ReLU(), 1.0, 2.0, 1.0),
+        (nn.ReLU(), -2.0, -1.0, 0.0),
+        (nn.ReLU6(), -2.0, 8.0, 6 / 10),
+        (nn.ReLU6(), 5.0, 9.0, 1 / 4),
+        (nn.ReLU6(), 7.0, 9.0, 0.0),
+        (nn.ReLU6(), 1.0, 2.0, 1.0),
+    ],
+    ids=str,
+)
+def test_a_mean_slope_is_the_part_of_the_way_on_which_the_activation_rises(
+    layer: nn.ReLU | nn.ReLU6, start: float, end: float, slope: float
+) -> None:
+    inputs = torch.tensor([[start], [end]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(MeanSlopeActivation(layer)(inputs, PAIR)[0].sum(), inputs)
+    assert gradient[0].item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 2.0])
+def test_an_activation_that_does_not_move_has_no_mean_slope(value: float) -> None:
+    inputs = torch.full((2, 1), value, requires_grad=True)
+    (gradient,) = torch.autograd.grad(MeanSlopeActivation(nn.ReLU())(inputs, PAIR)[0].sum(), inputs)
+    assert gradient.tolist() == [[0.0], [0.0]]
+
+
+def test_a_pools_gradient_is_shared_by_the_part_of_the_way_before_one_overtakes_the_other() -> None:
+    # The first leads by 3 and then trails by 1, so it leads for three quarters of the way.
+    inputs = torch.tensor([[[[4.0, 1.0]]], [[[1.0, 2.0]]]], dtype=torch.float64, requires_grad=True)
+    values = MeanSlopeMaxPool(nn.MaxPool2d((1, 2)))(inputs, PAIR)
+    assert values.flatten().tolist() == [4, 2]
+    (gradient,) = torch.autograd.grad(values[0].sum(), inputs)
+    assert gradient.flatten().tolist() == pytest.approx([0.75, 0.25, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (1, 2)},
+        {"kernel_size": 3, "stride": 1, "dilation": 2},
+        {"kernel_size": 2, "stride": 3, "ceil_mode": True},
+    ],
+    ids=str,
+)
+def test_a_pool_of_any_shape_accounts_for_the_whole_change(options: dict) -> None:
+    pool, ends = nn.MaxPool2d(**options), random(2, 3, 8, 8)
+    weights = random(*pool(ends[:1]).shape[1:], seed=2)
+    ends = ends.requires_grad_()
+    values = MeanSlopeMaxPool(pool)(ends, PAIR)
+    torch.testing.assert_close(values, pool(ends), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad((values[0] * weights).sum(), ends)
+    change = ((values[1] - values[0]) * weights).sum()
+    # Exact but for float64 rounding.
+    torch.testing.assert_close((gradient[0] * (ends[1] - ends[0])).sum(), change, rtol=0, atol=1e-12)
+    assert not gradient[1].any()
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.relu(input=images)
+
+
+def test_an_input_may_be_given_by_its_name() -> None:
+    network = with_mean_slopes(ByKeyword())
+    images = random(2, 3, 4, 4)
+    torch.testing.assert_close(network(images, PAIR), images.relu(), rtol=0, atol=0)

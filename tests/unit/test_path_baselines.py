@@ -1,0 +1,101 @@
+"""The baselines that a request can name, against Pillow's, SciPy's and torchvision's view of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from path_baselines import BLUR_KERNEL_SIZE, BLUR_SIGMA, Baselines
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+from torchvision.transforms.functional import normalize, to_tensor
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BASELINES = Baselines(MEAN, STD)
+NAMES = ("zero", "black", "gray", "white", "blur", "noise")
+
+
+def pixels(size: int = 64, seed: int = 0) -> Tensor:
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_baseline_is_shaped_like_its_image_and_is_no_view_of_it(name: str) -> None:
+    image = pixels()
+    before = image.clone()
+    baseline = BASELINES.make(name, image)
+    assert (baseline.shape, baseline.dtype) == (image.shape, torch.float32)
+    assert baseline.is_contiguous()
+    baseline.fill_(3.0)
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_a_colours_baseline_is_an_image_of_it_normalised(colour: str) -> None:
+    expected = normalize(to_tensor(Image.new("RGB", (8, 8), colour)), MEAN, STD)
+    torch.testing.assert_close(BASELINES.make(colour, pixels(8)), expected)
+
+
+def test_gray_lies_midway_between_black_and_white() -> None:
+    black, gray, white = (BASELINES.make(name, pixels(8)) for name in ("black", "gray", "white"))
+    torch.testing.assert_close(gray, (black + white) / 2)
+
+
+def test_zero_is_the_mean_colour() -> None:
+    baseline = BASELINES.make("zero", pixels(8))
+    assert not baseline.any()
+    mean_colour = torch.tensor(MEAN).view(3, 1, 1).expand(3, 8, 8)
+    torch.testing.assert_close(normalize(mean_colour, MEAN, STD), baseline)
+
+
+@pytest.mark.parametrize("name", Baselines.CONSTANT)
+def test_a_constant_baseline_depends_on_the_shape_alone(name: str) -> None:
+    assert torch.equal(BASELINES.make(name, pixels(8)), BASELINES.make(name, pixels(8, seed=1), seed=5))
+    assert BASELINES.make(name, pixels(8)).unique(dim=2).shape == (3, 8, 1)
+
+
+def test_blur_is_a_gaussian_filter_of_the_image() -> None:
+    image = pixels()
+    radius = BLUR_KERNEL_SIZE // 2
+    expected = np.stack(
+        [
+            gaussian_filter(channel, BLUR_SIGMA, mode="mirror", radius=radius)
+            for channel in image.numpy().astype(np.float64)
+        ]
+    )
+    # Sums of 61 products in float32, twice.
+    np.testing.assert_allclose(BASELINES.make("blur", image), expected, rtol=0, atol=1e-6)
+
+
+def test_blur_keeps_the_colour_of_a_plain_image() -> None:
+    colour = torch.tensor([-1.5, 0.25, 2.0]).view(3, 1, 1).expand(3, 64, 64)
+    # Weights of the kernel add up to 1 within float32 rounding.
+    torch.testing.assert_close(BASELINES.make("blur", colour), colour.contiguous(), rtol=1e-5, atol=0)
+
+
+def test_blur_hides_what_is_smaller_than_its_kernel() -> None:
+    image = torch.zeros(3, 64, 64)
+    image[:, 30:34, 30:34] = 1
+    # The middle of a Gaussian of sigma 10 holds 16 / (2 pi 100) of what lies there, a quarter of a tenth.
+    assert BASELINES.make("blur", image).max() < 0.03
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = BASELINES.make("noise", pixels(224), seed=3)
+    # Of 150,528 numbers the mean is off by 0.0026 and the deviation by 0.0018, one standard error; this allows four.
+    assert noise.mean().item() == pytest.approx(0, abs=0.0104)
+    assert noise.std().item() == pytest.approx(1, abs=0.0073)
+
+
+def test_noise_is_told_by_its_seed_and_not_by_the_image() -> None:
+    first = BASELINES.make("noise", pixels(8), seed=4)
+    assert torch.equal(first, BASELINES.make("noise", pixels(8, seed=1), seed=4))
+    assert not torch.equal(first, BASELINES.make("noise", pixels(8), seed=5))
+    assert torch.equal(BASELINES.make("noise", pixels(8)), BASELINES.make("noise", pixels(8), seed=0))
+
+
+def test_noise_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    BASELINES.make("noise", pixels(8), seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
