@@ -84,3 +84,9 @@ def small_files() -> list[bytes]:
 
 
 FILES = small_files()
+
+
+def webp_of_chunks(webp: bytes, count: int) -> bytes:
+    """The file with so many small chunks before its own."""
+    chunks = b"ABCD\x01\0\0\0x\0" * count + webp[12:]
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc
-from malformed_images import jpeg_of_scans, png_of_size, with_segments
+from malformed_images import jpeg_of_scans, png_of_size, webp_of_chunks, with_segments
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -229,7 +229,7 @@ def _image_cases() -> Iterator[Refusal]:
         ("a JPEG file of 100 Exif segments", "segments", with_segments(jpeg, 100, b"\xe1\x00\x08Exif\0\0")),
         ("a JPEG file with a marker that is reserved", "marker", with_segments(jpeg, 1, b"\x02\x00\x02")),
         ("a PNG file of 30000 empty chunks", "chunks", png_of_size(300, 300, empty_chunks=30_000)),
-        ("a WebP file of 30000 empty chunks", "chunks", webp[:12] + b"ABCD\0\0\0\0" * 30_000 + webp[12:]),
+        ("a WebP file of 30000 empty chunks", "chunks", webp_of_chunks(webp, 30_000)),
         ("32 MiB and a byte", "bytes", jpeg + b"\0" * (MAX_IMAGE_BYTES + 1 - len(jpeg))),
     ):
         yield Refusal("Images", what, names, tensors=_files(file))

@@ -48,7 +48,7 @@ def test_command_explains_what_it_can_and_names_what_it_cannot(server, folder, t
     result = explain(*images, "--url", server.grpc_url, *options, "--out", tmp_path / "out")
     assert result.returncode == 1
     assert re.search(rf"one.png +\S+ +[\d.]+% +{CLASSES[2]} +4 +- +-?\d+\.\d+ +\d+\n", result.stdout)
-    assert "broken.png: in ensemble 'explain', IMAGE is not a JPEG, PNG or WEBP file" in result.stderr
+    assert "broken.png: in ensemble 'explain', [invalid] IMAGE is not a JPEG, PNG or WEBP file" in result.stderr
     assert "absent.jpg" in result.stderr
     with Image.open(tmp_path / "out" / "one.heatmap.png") as heatmap:
         assert heatmap.size == (224, 224)
@@ -223,7 +223,7 @@ def test_client_alone_explains_two_hundred_images_in_flat_memory(server, tmp_pat
     assert process.returncode == 1
     said = (tmp_path / "stderr").read_text()
     assert re.search(r"200/200 \[", said)
-    assert "broken.jpg: in ensemble 'explain', IMAGE is not" in said
+    assert "broken.jpg: in ensemble 'explain', [invalid] IMAGE is not" in said
     assert len(list((tmp_path / "out").glob("*.heatmap.png"))) == 199
     print(f"resident: {early} kB after 40 to 60 images, {late} kB after 150 and more")
     assert early > 0

@@ -17,7 +17,10 @@ from tools.triton.process import SHARED_MEMORY, ServerError
 
 @pytest.fixture
 def small_repository(tmp_path):
-    shutil.copytree(MODEL_REPOSITORY / "heatmap", tmp_path / "models" / "heatmap")
+    model = tmp_path / "models" / "heatmap"
+    model.mkdir(parents=True)
+    (model / "1").symlink_to(MODEL_REPOSITORY / "heatmap" / "1")  # beside which lie the modules that all models share
+    shutil.copy(MODEL_REPOSITORY / "heatmap" / "config.pbtxt", model)
     return tmp_path / "models"
 
 

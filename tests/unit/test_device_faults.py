@@ -10,6 +10,7 @@ import torch
 from attribution_engine import AttributionEngine
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker
+from row_scheduler import Admission
 
 
 def fail_passes(engine, fails):
@@ -52,7 +53,7 @@ def test_no_memory_for_a_single_row_fails_what_is_under_way_alone(engine):
     fails = {"now": True}
     fail_passes(engine, lambda count: torch.OutOfMemoryError("none left") if fails["now"] else None)
     done: queue.Queue = queue.Queue()
-    worker = GradientWorker(engine, torch.device("cpu"), 60, 100)
+    worker = GradientWorker(engine, torch.device("cpu"), Admission(60, 100))
     try:
         worker.submit([small_job(8)], lambda *found: done.put(found))
         assert isinstance(done.get(timeout=20)[1], torch.OutOfMemoryError)

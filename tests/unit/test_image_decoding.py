@@ -1,7 +1,6 @@
 """`preprocess` against torchvision's own transform."""
 
 import io
-import struct
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from image_structure import (
     ImageError,
     check_structure,
 )
-from malformed_images import jpeg_of_scans, png_of_size, with_segments
+from malformed_images import jpeg_of_scans, png_of_size, webp_of_chunks, with_segments
 from PIL import Image, ImageCms, ImageOps
 
 LIMITS = ImageLimits()
@@ -140,12 +139,6 @@ def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hider):
 def test_a_marker_that_no_jpeg_has_is_refused_by_itself():
     with pytest.raises(ImageError, match="with a marker that none has, 0x02"):
         check_structure(with_segments(encode(SCENE, "JPEG"), 1, b"\x02\x00\x02"))
-
-
-def webp_of_chunks(webp: bytes, count: int) -> bytes:
-    """A WebP file with so many small chunks before its own."""
-    chunks = b"ABCD\x01\0\0\0x\0" * count + webp[12:]
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
 
 
 def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():

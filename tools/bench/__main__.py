@@ -27,7 +27,7 @@ from tools.server import EmbeddedServer, Ports
 
 
 def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
-    """Against Captum in this process."""
+    """Against Captum."""
     contestants = engine.Contestants(device, "tf32" if device.type == "cuda" else "ieee", 4)
     repeats = 1 if quick else 3
     if not quick:

@@ -1,10 +1,11 @@
-"""``make bench-engine``: the engine against Captum, in one process, interleaved.
+"""``make bench-engine``: the engine against Captum, interleaved.
 
 Three implementations compute the same attributions:
 
 engine  what `integrated_gradients` runs: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given.
 (a)     Captum as its public examples write it: the eager torchvision model as it comes, parameters requiring gradients,
-        ``attribute(x, target=t, n_steps=n, return_convergence_delta=True)``.
+        ``attribute(x, target=t, n_steps=n, return_convergence_delta=True)``. It runs in a process of its own, since
+        the allocator settings of `engine_loading` would make it faster than its users have it.
 (b)     Captum tuned by hand: parameters frozen, the TorchScript file, channels_last, ``internal_batch_size`` the best
         of a few tried here.
 
@@ -17,13 +18,17 @@ on a CPU it needs a C++ compiler).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
+import multiprocessing
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from attribution_engine import AttributionEngine
 from attribution_job import Job
 from classifier_network import Rows
 from engine_loading import PRECISIONS, allow_tf32
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,6 +88,45 @@ MEMORY_CASES = {
 MEMORY_REPEATS = 3
 
 
+def run_captum(model: torch.nn.Module, images: Tensor, targets: Tensor, n_steps: int) -> None:
+    """Captum as its public examples write it."""
+    attributions, _ = captum.attr.IntegratedGradients(model).attribute(
+        images, target=targets, n_steps=n_steps, return_convergence_delta=True
+    )
+    attributions.detach().cpu()
+
+
+class CaptumProcess:
+    """``run_captum`` in a process of its own, whose allocator is as it comes. It starts when it is needed."""
+
+    def __init__(self, model: torch.nn.Module, images: Tensor, targets: Tensor) -> None:
+        self._inputs = model, images, targets
+
+    @cached_property
+    def _connection(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        contents = io.BytesIO()  # as a file, so that the processes share no memory
+        torch.save(self._inputs, contents)
+        context.Process(target=_serve_captum, args=(theirs, contents.getvalue()), daemon=True).start()
+        theirs.close()
+        return ours
+
+    def run(self, places: list[int], n_steps: int) -> None:
+        """Explain the images of these places, and wait for it."""
+        self._connection.send((places, n_steps))
+        self._connection.recv()
+
+
+def _serve_captum(connection: Connection, contents: bytes) -> None:
+    model, images, targets = torch.load(io.BytesIO(contents), weights_only=False)
+    with contextlib.suppress(EOFError):  # the other process has ended
+        while True:
+            places, n_steps = connection.recv()
+            run_captum(model, images[places], targets[places], n_steps)
+            connection.send(None)
+
+
 class Contestants:
     """The three implementations over the same images: drawn shapes, or photographs for other networks."""
 
@@ -102,10 +147,13 @@ class Contestants:
             self.logits = self.engine.network(self.images)
         self.targets = self.logits.argmax(dim=1)
         self.tuned_batch = 8
+        self.captum = CaptumProcess(self.eager, self.images, self.targets)
+        self.places = list(range(batch))  # of the images, in that process
 
     def of_image(self, index: int) -> Contestants:
         """The same over one of the images."""
         one = copy.copy(self)
+        one.places = self.places[index : index + 1]
         one.images, one.logits, one.targets = (
             values[index : index + 1] for values in (self.images, self.logits, self.targets)
         )
@@ -131,10 +179,7 @@ class Contestants:
 
     def run_captum(self, batch: int, n_steps: int) -> None:
         """(a)"""
-        attributions, _ = captum.attr.IntegratedGradients(self.eager).attribute(
-            self.images[:batch], target=self.targets[:batch], n_steps=n_steps, return_convergence_delta=True
-        )
-        attributions.detach().cpu()
+        self.captum.run(self.places[:batch], n_steps)
 
     def run_tuned(self, batch: int, n_steps: int) -> None:
         """(b)"""
@@ -320,7 +365,13 @@ def print_peak(
 ) -> None:
     """The measuring process of ``measure_memory``: prints MB."""
     contestants = Contestants(device, precision, batch)
-    run = contestants.run_engine if implementation == "engine" else contestants.run_captum
+
+    def run(batch: int, n_steps: int) -> None:
+        if implementation == "engine":
+            contestants.run_engine(batch, n_steps)
+        else:
+            run_captum(contestants.eager, contestants.images[:batch], contestants.targets[:batch], n_steps)
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before: float = torch.cuda.memory_allocated()

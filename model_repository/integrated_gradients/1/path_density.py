@@ -43,7 +43,7 @@ class PathDensity:
         Raises:
             CalibrationError: there is no such file, it cannot be read, or it is another network's.
         """
-        hint = ".venv/bin/python -m tools.calibrate writes it"
+        hint = "python -m tools.calibrate writes it"
         try:
             content = json.loads(file.read_text())
             found = content["model_sha256"]
