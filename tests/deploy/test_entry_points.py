@@ -49,22 +49,22 @@ def test_the_container_starts_triton_with_the_embedded_servers_options(repositor
 def prepared(tmp_path_factory) -> Path:
     """A repository as the container's first service makes it."""
     repository = tmp_path_factory.mktemp("models")
-    found = run(
+    result = run(
         sys.executable,
         "-m",
         "tools.deploy.prepare",
         cwd=ROOT,
         env={**os.environ, "MODEL_REPOSITORY": str(repository), "WEIGHTS": "shapes"},
     )
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
     return repository
 
 
 def test_preparing_what_cannot_be_says_so(tmp_path):
     environment = {**os.environ, "MODEL_REPOSITORY": str(tmp_path), "WEIGHTS": "/nowhere.pt"}
-    found = run(sys.executable, "-m", "tools.deploy.prepare", cwd=ROOT, env=environment)
-    assert found.returncode == 1
-    assert "/nowhere.pt" in found.stderr
+    result = run(sys.executable, "-m", "tools.deploy.prepare", cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    assert "/nowhere.pt" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

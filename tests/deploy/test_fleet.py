@@ -86,9 +86,9 @@ def test_a_server_that_is_killed_behind_the_balancer_costs_no_answer(repository,
 
     print(f"served {shares} since the last start, {before} before it was killed; reported {len(reported)}")
     assert shares[0] > 20  # since it came back
-    for number, found in answers.items():
-        assert len(found) + (number in reported) == 1
-        if found:
-            assert relative_distance(found[0], expected[number % IMAGES]) <= 1e-5
+    for number, attributions in answers.items():
+        assert len(attributions) + (number in reported) == 1
+        if attributions:
+            assert relative_distance(attributions[0], expected[number % IMAGES]) <= 1e-5
     # Every failure is one that can be repeated, and the client did.
     assert not reported

@@ -26,8 +26,8 @@ GPU_PANELS = {"GPU use", "GPU memory"}
 def test_alerts_fire_when_they_should():
     folder = DEPLOY / "prometheus"
     for words in (("check", "config", "prometheus.yml"), ("test", "rules", "alerts_test.yml")):
-        found = run("promtool", *words, cwd=folder)
-        assert found.returncode == 0, found.stdout + found.stderr
+        result = run("promtool", *words, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @needs("promtool")

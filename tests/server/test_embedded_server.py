@@ -23,8 +23,8 @@ def small_repository(tmp_path):
 
 def running_with(text: str) -> list[str]:
     """Command lines of the processes that mention ``text``, other than pgrep itself."""
-    found = subprocess.run(["pgrep", "-af", text], capture_output=True, text=True, check=False).stdout
-    return [line for line in found.splitlines() if "pgrep" not in line]
+    listed = subprocess.run(["pgrep", "-af", text], capture_output=True, text=True, check=False).stdout
+    return [line for line in listed.splitlines() if "pgrep" not in line]
 
 
 def test_nothing_is_left_when_it_stops(small_repository, tmp_path):

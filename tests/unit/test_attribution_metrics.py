@@ -36,7 +36,7 @@ def told():
 
 def test_histograms_are_cumulative_counters(told):
     metrics = AttributionMetrics(lambda name, *_: Family(name, told), {"pid": "7"}, lambda: 3)
-    metrics.close()  # what the thread would do now and then is done by hand
+    metrics.close()  # the test flushes itself instead of the thread
     for value in (10, 20, 21, 5000):
         metrics.observe("steps", value, method="calibrated")
     metrics.observe("steps", math.nan, method="calibrated")

@@ -73,35 +73,43 @@ def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(
     errors = {"logit": [], "probability": []}
     for index in (0, 1):
         integrals = integrate(engine, job(engine, index, 1).image, job(engine, index, 1).target, 256)
-        for output, own in errors.items():
-            one = job(engine, index, 20, probability=output == "probability")
-            captums = Job(one.image, one.baseline, one.target, 50, probability=one.probability)
-            found = engine.explain([one, captums])
-            own.append([relative_distance(each.attributions, integrals[output]) for each in found])
-            assert found[0].n_steps == 20
-            assert math.isnan(found[0].error_estimate)
-    for own in errors.values():
-        calibrated, captum_50 = torch.tensor(own).mean(dim=0)
+        for output, distances in errors.items():
+            calibrated_job = job(engine, index, 20, probability=output == "probability")
+            captum_job = Job(
+                calibrated_job.image,
+                calibrated_job.baseline,
+                calibrated_job.target,
+                50,
+                probability=calibrated_job.probability,
+            )
+            explanations = engine.explain([calibrated_job, captum_job])
+            distances.append(
+                [relative_distance(explanation.attributions, integrals[output]) for explanation in explanations]
+            )
+            assert explanations[0].n_steps == 20
+            assert math.isnan(explanations[0].error_estimate)
+    for distances in errors.values():
+        calibrated, captum_50 = torch.tensor(distances).mean(dim=0)
         assert calibrated < captum_50 < 0.02
 
 
 @pytest.mark.parametrize("options", [{}, {"probability": True}, {"contrast": 0}], ids=str)
 def test_mean_gradients_account_for_the_whole_change_of_the_output(engine, options):
     for n_steps in (1, 4, 30):
-        (found,) = engine.explain([job(engine, 3, n_steps, **options)])
-        assert abs(found.convergence_delta) <= 1e-4
+        (explanation,) = engine.explain([job(engine, 3, n_steps, **options)])
+        assert abs(explanation.convergence_delta) <= 1e-4
 
 
 def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
     large, small = (AttributionEngine(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
     jobs = [job(large, 0, 7), job(large, 1, 5, probability=True), job(large, 2, 1)]
     point_jobs = [Job(one.image, one.baseline, one.target, n) for one, n in zip(jobs, (3, 8, 2))]
-    mixed = [each for pair in zip(jobs, point_jobs) for each in pair]
-    alone = [large.explain([each])[0] for each in mixed]
+    mixed = [mixed_job for pair in zip(jobs, point_jobs) for mixed_job in pair]
+    alone = [large.explain([mixed_job])[0] for mixed_job in mixed]
     for engine in (large, small):
-        for one, other in zip(engine.explain(mixed), alone):
-            assert relative_distance(one.attributions, other.attributions) <= 1e-5
-            assert one.n_steps == other.n_steps
+        for one, expected in zip(engine.explain(mixed), alone):
+            assert relative_distance(one.attributions, expected.attributions) <= 1e-5
+            assert one.n_steps == expected.n_steps
 
 
 def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
@@ -134,15 +142,15 @@ def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mea
     engine = AttributionEngine(module.double(), density=flat_density())
     image = scene_pixels(0).double()
     one = Job(image, torch.zeros_like(image), 2, 6, "calibrated")
-    (found,) = engine.explain([one])
+    (explanation,) = engine.explain([one])
     if has_mean_slopes:
-        assert found.convergence_delta.item() == pytest.approx(0, abs=1e-9)
+        assert explanation.convergence_delta.item() == pytest.approx(0, abs=1e-9)
     else:
         # Six even cells are then known by their middles.
         expected = captum.attr.IntegratedGradients(engine.network).attribute(
             image[None], target=2, n_steps=6, method="riemann_middle"
         )
-        assert relative_distance(found.attributions, expected[0].detach()) <= 1e-6
+        assert relative_distance(explanation.attributions, expected[0].detach()) <= 1e-6
 
 
 def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
@@ -242,9 +250,9 @@ def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, m
     file = tmp_path / "path_density.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(CalibrationError) as found:
+    with pytest.raises(CalibrationError) as error:
         PathDensity.load(file, "1234")
-    assert message in str(found.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -272,6 +280,6 @@ def test_every_place_or_only_changed_onesshare_gradients_alike():
     everywhere = share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
     pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
     weights = torch.randn_like(values)
-    (found,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
+    (gradients,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
     (expected,) = torch.autograd.grad((pool(inputs, paired) * weights).sum(), inputs)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, expected)

@@ -22,8 +22,8 @@ class Old(Scripted):
 
 def test_doctor_names_versions_that_do_not_fit():
     with scripted_server(0, Old) as (_, url):
-        found = {finding.name: finding for finding in diagnose(url)}
-    assert "triton 2.30.0 is not what this client was made for: 2.51 or newer" in found["version"].message
-    assert "'classify' is not ready" in found["classify"].message
-    assert "no output ATTRIBUTIONS, CONVERGENCE_DELTA" in found["explain"].message
-    assert not any(finding.is_good for finding in found.values())
+        findings = {finding.name: finding for finding in diagnose(url)}
+    assert "triton 2.30.0 is not what this client was made for: 2.51 or newer" in findings["version"].message
+    assert "'classify' is not ready" in findings["classify"].message
+    assert "no output ATTRIBUTIONS, CONVERGENCE_DELTA" in findings["explain"].message
+    assert not any(finding.is_good for finding in findings.values())

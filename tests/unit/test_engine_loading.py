@@ -51,9 +51,9 @@ def test_the_engine_has_the_files_network(module: nn.Module, file: Path) -> None
     images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module(images)
-        found = build_engine(file, CPU, SHAPE).network(images)
+        logits = build_engine(file, CPU, SHAPE).network(images)
     # The same float32 sums, perhaps in another order: the weights lie in memory in another layout.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_engines_weights_take_no_gradients_and_lie_channels_last(file: Path) -> None:

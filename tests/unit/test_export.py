@@ -90,8 +90,8 @@ def test_relu_follows_the_max_pooling_and_gradients_stay_the_same(exported):
     served = export.build_served(load_source("shapes").module.double())
     pixels = scene_pixels(0)[None].double().requires_grad_()
     (expected,) = torch.autograd.grad(eager(pixels)[0, 3], pixels)
-    (found,) = torch.autograd.grad(served(pixels)[0][0, 3], pixels)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    (gradients,) = torch.autograd.grad(served(pixels)[0][0, 3], pixels)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
 def test_labels_and_manifest_lie_beside_the_model(repository):

@@ -42,10 +42,10 @@ def saliency() -> Tensor:
 
 def test_curves_run_between_the_image_and_the_blurred_image(image: Tensor, blurred: Tensor, saliency: Tensor) -> None:
     whole, none = network(torch.stack((image, blurred))).softmax(dim=1)[:, 1]
-    found = curves(network, image, saliency, 1)
-    assert len(found.deletion) == len(found.insertion) == POINTS
-    torch.testing.assert_close(found.deletion[[0, -1]], torch.stack((whole, none)))
-    torch.testing.assert_close(found.insertion[[0, -1]], torch.stack((none, whole)))
+    both = curves(network, image, saliency, 1)
+    assert len(both.deletion) == len(both.insertion) == POINTS
+    torch.testing.assert_close(both.deletion[[0, -1]], torch.stack((whole, none)))
+    torch.testing.assert_close(both.insertion[[0, -1]], torch.stack((none, whole)))
 
 
 def test_each_point_is_an_image_without_or_with_its_most_salient_pixels(
@@ -97,9 +97,9 @@ def test_deleting_by_one_map_is_inserting_by_the_reversed_map(image: Tensor, sal
 
 def test_areas_are_means_by_the_trapezoid_rule() -> None:
     deletion, insertion = torch.tensor([0.9, 0.4, 0.2, 0.1]), torch.tensor([0.1, 0.8, 0.8, 0.9])
-    found = Curves(deletion, insertion)
-    assert found.deletion_area == pytest.approx((0.9 / 2 + 0.4 + 0.2 + 0.1 / 2) / 3)
-    assert found.insertion_area == pytest.approx((0.1 / 2 + 0.8 + 0.8 + 0.9 / 2) / 3)
+    both = Curves(deletion, insertion)
+    assert both.deletion_area == pytest.approx((0.9 / 2 + 0.4 + 0.2 + 0.1 / 2) / 3)
+    assert both.insertion_area == pytest.approx((0.1 / 2 + 0.8 + 0.8 + 0.9 / 2) / 3)
     constant = Curves(torch.full((POINTS,), 0.3), torch.ones(POINTS))
     assert constant.deletion_area == pytest.approx(0.3)
     assert constant.insertion_area == pytest.approx(1)
@@ -112,6 +112,6 @@ def test_the_class_that_is_watched_is_the_one_asked_for(image: Tensor, saliency:
 
 def test_curves_take_no_gradients(image: Tensor, saliency: Tensor) -> None:
     weight = torch.ones(1, requires_grad=True)
-    found = curves(lambda images: weight * network(images), image, saliency, 1)
-    assert not found.deletion.requires_grad
-    assert not found.insertion.requires_grad
+    both = curves(lambda images: weight * network(images), image, saliency, 1)
+    assert not both.deletion.requires_grad
+    assert not both.insertion.requires_grad

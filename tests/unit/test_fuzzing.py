@@ -108,13 +108,13 @@ def check_parameters(sent: dict) -> None:
         return parameters
 
     plan_stream(sent)
-    found = answer_or_refusal(parse, ParameterError)
-    if not isinstance(found, str):
-        assert 1 <= found.n_steps * found.nt_samples <= 5000
-        assert found.tolerance is None or 0.001 <= found.tolerance <= 0.5
-        assert found.deadline_ms is None or 1 <= found.deadline_ms <= 60_000
-        assert 0 <= found.stdevs <= 10
-        assert 0 <= found.part < found.parts <= found.n_steps
+    parameters = answer_or_refusal(parse, ParameterError)
+    if not isinstance(parameters, str):
+        assert 1 <= parameters.n_steps * parameters.nt_samples <= 5000
+        assert parameters.tolerance is None or 0.001 <= parameters.tolerance <= 0.5
+        assert parameters.deadline_ms is None or 1 <= parameters.deadline_ms <= 60_000
+        assert 0 <= parameters.stdevs <= 10
+        assert 0 <= parameters.part < parameters.parts <= parameters.n_steps
     drawn = answer_or_refusal(lambda: parse_heatmap_parameters(sent), ParameterError)
     assert isinstance(drawn, str) or 50 <= drawn.clip_percentile <= 100
 

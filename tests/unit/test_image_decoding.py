@@ -95,10 +95,10 @@ CASES = {
 def test_pixels_equal_torchvision(case):
     file, image = CASES[case]
     expected = TORCHVISION_TRANSFORM(image.convert("RGB"))
-    found = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
-    assert found.shape == (3, 224, 224)
+    pixels = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
+    assert pixels.shape == (3, 224, 224)
     # Float32 arithmetic in the same order: equal, but for a last bit.
-    assert (found - expected).abs().max() <= 1e-5
+    assert (pixels - expected).abs().max() <= 1e-5
 
 
 def test_exif_orientation_turns_the_image():

@@ -80,8 +80,8 @@ def test_a_deadline_that_has_passed_leaves_an_instant(timeout: float) -> None:
     assert Attempts(timeout=timeout, retries=0).seconds_left == 1e-3
 
 
-@pytest.mark.parametrize(("unavailable", "asked"), [(0, 1), (2, 3), (3, 3)])
-def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable, asked):
+@pytest.mark.parametrize(("unavailable", "requests"), [(0, 1), (2, 3), (3, 3)])
+def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable, requests):
     async def classify(url):
         async with AsyncExplainClient(url, timeout=20) as client:
             return await client.classify(b"image")
@@ -93,4 +93,4 @@ def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable,
             else:
                 with pytest.raises(UnavailableError, match="no room"):
                     run(url)
-            assert servicer.asked == asked
+            assert servicer.requests == requests

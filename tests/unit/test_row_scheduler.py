@@ -112,10 +112,10 @@ def test_short_tasks_overtake_long_ones_until_those_have_their_turn():
 
 
 def test_a_task_that_takes_more_than_expected_falls_back():
-    task, other = Task(5, 0), Task(6, 0)
-    assert task.priority < other.priority
+    task, later = Task(5, 0), Task(6, 0)
+    assert task.priority < later.priority
     task.rows_spent = 7
-    assert task.priority > other.priority
+    assert task.priority > later.priority
 
 
 def test_a_near_deadline_goes_before_all_others_and_a_far_one_does_not(now):
