@@ -1,4 +1,4 @@
-"""What goes to other machines: compose, the image and Kubernetes' manifests are well formed and fit together."""
+"""Deployment files: compose, the image and Kubernetes' manifests are well formed and fit together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.paths import ROOT
 
 DEPLOY = ROOT / "tools" / "deploy"
 KUBERNETES_VERSION = "1.31"
-# Of operators that bring their own schemas.
+# Kinds of operators with their own schemas.
 CUSTOM_KINDS = {"ScaledObject", "ServingRuntime", "InferenceService"}
 
 
@@ -40,7 +40,7 @@ def test_compose_is_valid_and_takes_its_settings():
 
 
 def _port(port: dict | str) -> str:
-    """Address, port and the container's port, whichever way this docker-compose writes them."""
+    """Address, port and the container's port, in either format of docker-compose."""
     if isinstance(port, str):
         return port.removesuffix("/tcp")
     return f"{port['host_ip']}:{port['published']}:{port['target']}"
@@ -102,7 +102,7 @@ def test_kubernetes_manifests_fit_the_api():
     kinds = set()
     for _, manifest in manifests():
         kinds.add(manifest["kind"])
-        if manifest["kind"] == "ServingRuntime":  # its containers are a pod's
+        if manifest["kind"] == "ServingRuntime":  # it has a pod's containers
             spec = {name: manifest["spec"][name] for name in ("containers", "volumes")}
             manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
         if manifest["kind"] not in CUSTOM_KINDS:

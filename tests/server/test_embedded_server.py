@@ -1,4 +1,4 @@
-"""The launcher of the embedded server. These start servers of their own, mostly on a repository of one small model."""
+"""The launcher of the embedded server. These tests start their own servers, mostly with one small model."""
 
 import os
 import shutil

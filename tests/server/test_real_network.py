@@ -1,4 +1,4 @@
-"""The serving contract with EfficientNet-Lite0 and photographs: what holds for shapes holds for a real network."""
+"""The serving contract with EfficientNet-Lite0 and photographs: the same holds as for shapes."""
 
 import io
 
@@ -47,7 +47,7 @@ def lite0_triton(lite0_server):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Encoded and as the network sees them, float32 [3, 224, 224]."""
+    """Encoded photographs, and the network's inputs, float32 [3, 224, 224]."""
     images = [Image.open(each.file).convert("RGB") for each in (CHELSEA, COFFEE, CHINA)]
     return [(encode(image), TRANSFORM(image)) for image in images]
 
@@ -128,7 +128,7 @@ def test_a_tolerance_is_kept_with_and_without_a_calibration(engine, photographs,
     pixels = photographs[1][1]
     judged = engine if calibrated else AttributionEngine(engine.network, max_rows=engine.max_rows)
     job = Job(pixels, torch.zeros_like(pixels), 967, 300, tolerance=0.1)
-    exact = Job(pixels, torch.zeros_like(pixels), 967, 160, "calibrated")  # off by less than 0.01
+    exact = Job(pixels, torch.zeros_like(pixels), 967, 160, "calibrated")  # its error is below 0.01
     (explanation,), (integral,) = judged.explain([job]), engine.explain([exact])
     error = relative_distance(explanation.attributions, integral.attributions)
     assert error <= 0.1

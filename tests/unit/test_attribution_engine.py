@@ -92,7 +92,7 @@ def test_unlike_jobs_together_equal_each_alone(served_module):
     jobs = unlike_jobs()
     for job, together in zip(jobs, engine.explain(jobs)):
         (alone,) = engine.explain([job])
-        # Other chunk sizes take other routes through the convolutions: rounding, not mathematics.
+        # Other chunk sizes use other convolution kernels, which round differently.
         assert relative_distance(together.attributions, alone.attributions) <= 1e-5
         assert together.convergence_delta.item() == pytest.approx(alone.convergence_delta.item(), abs=1e-4)
         assert together.n_steps == alone.n_steps == job.n_steps
@@ -242,7 +242,7 @@ def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
     model = untrained(architecture, 5)
     served = torch.jit.script(build_served(model))
     image = scene_pixels(0)
-    # At zeros the layer norms of a vision transformer make the integrand singular: there, from another image.
+    # At zeros the layer norms of a vision transformer are singular, so its baseline is another image.
     baseline = scene_pixels(1) if architecture == "vit_b_16" else torch.zeros_like(image)
     few, many = AttributionEngine(served).explain([Job(image, baseline, 3, n, "riemann_middle") for n in (2, 64)])
     with torch.no_grad():

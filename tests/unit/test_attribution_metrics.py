@@ -1,4 +1,4 @@
-"""What the gradients tell Prometheus."""
+"""Prometheus metrics of the gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attribution_metrics import BUCKETS, AttributionMetrics
 
 
 class Family:
-    """Stands in for Triton's, and remembers what it is told."""
+    """Stands in for Triton's and records its calls."""
 
     def __init__(self, name, told):
         self.name, self.told = name, told

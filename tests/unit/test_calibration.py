@@ -46,7 +46,7 @@ def job(engine, index, n_steps, **options):
 
 
 def test_edges_have_equal_density_between_them():
-    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, quiet places apart
+    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, without the least density
     edges = PathDensity({"logit": density}, {}).edges("logit", 7)
     quiet = 0.1 * 7 / 4
     densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
@@ -114,10 +114,10 @@ def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
 
 def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
     engine = AttributionEngine(served_module, max_rows=9, density=demo_density)
-    # The 14 ends of 13 stretches take two passes, the second of which begins with the last end of the first.
+    # The 14 ends of 13 segments take two passes, the second of which begins with the last end of the first.
     engine.explain([job(engine, index, 13) for index in range(3)])
     assert engine.rows_passed == 3 * 15
-    # A first piece that leaves no more of them than there would be is taken: 8 and 5 stretches, 4 and 8.
+    # A first piece is taken if it does not increase the number of pieces: 8 and 5 segments, 4 and 8.
     engine.chunks_passed.clear()
     engine.explain([job(engine, 0, 3), job(engine, 1, 12)])
     assert engine.chunks_passed == {9: 2}
@@ -171,11 +171,13 @@ def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
         places = (torch.arange(4000).double().view(-1, 1, 1, 1) + 0.5) / 4000
         points = torch.lerp(start, end, places).requires_grad_()
         (at_points,) = torch.autograd.grad(layer(points, None).sum(), points)
-        if not isinstance(layer, MeanSlopeMaxPool):  # of three that lead in turn, pooling knows the first and the last
+        if not isinstance(
+            layer, MeanSlopeMaxPool
+        ):  # where three places lead in turn, pooling uses only the first and the last
             torch.testing.assert_close(mean[0], at_points.mean(dim=0), rtol=0, atol=1e-3)
         change = (mean[0] * (end - start)[0]).sum()
         torch.testing.assert_close(change, layer(end, None).sum() - layer(start, None).sum())
-        # The last row is a point like any other.
+        # The last row is not paired: its gradient is that of a point.
         (plain,) = torch.autograd.grad(layer(ends, None)[1].sum(), ends)
         (last,) = torch.autograd.grad(layer(ends, torch.tensor([True, False]))[1].sum(), ends)
         torch.testing.assert_close(last, plain)
@@ -200,7 +202,7 @@ def test_calibration_finds_the_law_that_errors_follow():
     assert law.order == pytest.approx(1.3)
     assert law.scale == pytest.approx(np.percentile(scales, 90))
     assert law.margin == pytest.approx(1)
-    # Where the difference stands for twice as much in one image of ten, that many get the margin.
+    # One image of ten has twice the error for its difference, and the margin covers it.
     for one in differences[::10]:
         one.update({count: difference / 2 for count, difference in one.items()})
     assert fit_law(errors, differences).margin == pytest.approx(2)
@@ -219,7 +221,7 @@ def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path,
 
 
 def calibration_with(density, **law):
-    """A calibration whose part for the probability is this."""
+    """A calibration with these values for the probability."""
     parts = {
         "density": {"logit": [1], "probability": density},
         "error_law": {"logit": LAW, "probability": {**LAW, **law}},
@@ -257,7 +259,7 @@ def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, m
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
-    """As on a GPU, where every place of a pooling takes part, in either precision."""
+    """As on a GPU, where gradients are shared at every place of a pooling, in either precision."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 2, 6, 6).relu().expand(3, 2, 6, 6).to(dtype).contiguous().requires_grad_()
     paired = torch.tensor([True, True, False])

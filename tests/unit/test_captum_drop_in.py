@@ -1,4 +1,4 @@
-"""The engine in the place of Captum's own class: on Captum's toy models, and inside what takes an attribution."""
+"""The drop-in against Captum's class: on Captum's toy models, and inside classes that take an attribution method."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_attribute_returns_what_captum_returns(case, multiply_by_inputs):
 
 
 def test_which_calls_are_accelerated():
-    """Without this, the comparison above would pass with everything handed to Captum."""
+    """Otherwise the comparison above would pass if Captum's code ran everything."""
     accelerated = []
     for name, (model, inputs, options) in CASES.items():
         engine = IntegratedGradients(model)

@@ -271,7 +271,7 @@ def test_buffers_are_kept_until_features_of_another_kind_come() -> None:
     assert passes.buffers(random(1, 4, 3, 3, seed=9), torch.float64) is first
     assert passes.buffers(features.contiguous(memory_format=torch.channels_last), torch.float64) is not first
     assert passes.buffers(features, torch.float32).features.dtype == torch.float32
-    # One buffer at a time is kept, so the first one is not there any more.
+    # Only one buffer is kept, so the first one is gone.
     assert passes.buffers(features, torch.float64) is not first
 
 

@@ -1,4 +1,4 @@
-"""Deadlines, in the time of a clock that only passes move."""
+"""Deadlines, by a clock that only passes advance."""
 
 import attribution_engine
 import pytest
@@ -74,7 +74,7 @@ def test_n_steps_and_tolerance_end_it_earlier(engine, fake_time):
     limited, tolerant = engine.explain([job(fake_time, 5000, n_steps=10), job(fake_time, 5000, 1, tolerance=0.1)])
     assert limited.n_steps <= 10
     assert tolerant.error_estimate <= 0.1
-    assert tolerant.n_steps < 100  # a part of what the time is for
+    assert tolerant.n_steps < 100  # far fewer than fit into the time
 
 
 def test_a_job_with_a_near_deadline_goes_before_neighbours_that_take_long(engine, fake_time):

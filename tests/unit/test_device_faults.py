@@ -13,7 +13,7 @@ from gradient_worker import GradientWorker
 
 
 def fail_passes(engine, fails):
-    """Passes of so many rows raise what ``fails`` returns for them."""
+    """Make a pass raise what ``fails`` returns for its number of rows."""
     gradients = engine.passes.gradients
     sizes = []
 

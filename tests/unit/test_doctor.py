@@ -1,4 +1,4 @@
-"""What `explain doctor` makes of a server, apart from a real one."""
+"""`explain doctor` against a scripted server."""
 
 from scripted_server import Scripted, scripted_server
 from tritonclient.grpc import service_pb2
@@ -7,7 +7,7 @@ from explain_client.doctor import diagnose
 
 
 class Old(Scripted):
-    """A server of another age, with models of another contract."""
+    """An older server, whose models have another contract."""
 
     def ServerMetadata(self, request, context):  # noqa: N802
         return service_pb2.ServerMetadataResponse(name="triton", version="2.30.0")

@@ -1,4 +1,4 @@
-"""What `tools/export` writes, and what it refuses."""
+"""Exports and refusals of `tools/export`."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def model_file(repository: Path) -> Path:
 
 
 def automatic_copy(repository: Path, copy: Path) -> Path:
-    """A repository as if nobody had asked for its network."""
+    """A repository whose network was exported automatically."""
     shutil.copytree(repository, copy)
     file = model_file(copy).with_name("manifest.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "automatic": True}))
@@ -53,7 +53,7 @@ def automatic_copy(repository: Path, copy: Path) -> Path:
 
 @pytest.fixture
 def exports(monkeypatch) -> list[tuple[str, bool]]:
-    """Network and whether it was automatic, of each export that would be made; none is."""
+    """Replaces `export`: records the network of each call and whether it was automatic."""
     made = []
     monkeypatch.setattr(
         export, "export", lambda source, repository, automatic=False: made.append((source.network, automatic))

@@ -15,7 +15,7 @@ EVIDENCE = (slice(None), slice(4, 12), slice(20, 28))
 
 
 def network(images: Tensor) -> Tensor:
-    """Class 1 speaks for a bright square."""
+    """Class 1's evidence is a bright square."""
     score = images[:, :, 4:12, 20:28].flatten(1).mean(dim=1)
     return torch.stack((torch.zeros_like(score), 4 * score, torch.ones_like(score)), dim=1)
 
@@ -64,7 +64,7 @@ def test_each_point_is_an_image_without_or_with_its_most_salient_pixels(
         most_salient = np.zeros(SIZE * SIZE, bool)
         most_salient[order[:count]] = True
         most_salient = most_salient.reshape(SIZE, SIZE)
-        # Copies of pixels: nothing is computed but the blur, which is the same function.
+        # Pixels are only copied, and the blur is the same function.
         np.testing.assert_array_equal(seen[point], np.where(most_salient, blurred, image))
         np.testing.assert_array_equal(seen[POINTS + point], np.where(most_salient, image, blurred))
 
@@ -78,7 +78,7 @@ def test_equal_saliency_takes_every_pixel_once(image: Tensor, blurred: Tensor) -
 
     curves(watched, image, torch.zeros(SIZE, SIZE), 1)
     taken = [(each != image).any(dim=0).sum().item() for each in seen[:POINTS]]
-    # 1,024 pixels in 28 steps: 36.57 a step, of which a started one is taken whole.
+    # 1,024 pixels in 28 steps are 36.57 a step, rounded up to whole pixels.
     assert taken == [-(-point * SIZE * SIZE // (POINTS - 1)) for point in range(POINTS)]
 
 
@@ -89,7 +89,7 @@ def test_a_map_that_finds_the_evidence_has_the_better_areas(image: Tensor, salie
 
 
 def test_deleting_by_one_map_is_inserting_by_the_reversed_map(image: Tensor, saliency: Tensor) -> None:
-    """What is left of an image is what the other order has put there, but for a started pixel a point."""
+    """Deletion leaves what insertion in reverse order has inserted, up to one rounded pixel a point."""
     forward, backward = curves(network, image, saliency, 1), curves(network, image, -saliency, 1)
     # One pixel of 64 that hold the evidence moves the logit by 4 / 64, and the probability by a quarter of that.
     torch.testing.assert_close(forward.deletion, backward.insertion.flip(0), rtol=0, atol=4 / 64 / 4)

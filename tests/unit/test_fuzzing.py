@@ -1,4 +1,4 @@
-"""Requests as nobody would write them: what comes from strangers is answered or refused, and never more than that.
+"""Requests that no client would write are answered or refused, with nothing worse.
 
 A crash would end this process; a hang or a slow case fails Hypothesis' deadline of a second.
 """
@@ -29,7 +29,7 @@ from stream_levels import plan_stream
 
 T = TypeVar("T")
 QUICK, THOROUGH = 2_000, 50_000
-# Memory that may be resident after thousands of cases and was not after the first ones: heaps fragment. Six times
+# Resident memory may grow by this much over thousands of cases, because heaps fragment. Six times
 # 20,000 mutated images added 20, 10, 1, 0, 4 and 0 MB.
 GROWTH_MB = 30
 LIMITS = ImageLimits(max_bytes=200_000, max_pixels=1_000_000)
@@ -64,7 +64,7 @@ def resident_mb() -> float:
 def fuzz(strategy: st.SearchStrategy, check: Callable, cases: int) -> None:
     """``check`` so many examples, each within a second."""
     checks = list(HealthCheck)
-    # The same examples each time: a red run can be looked into, and nobody else's change turns red.
+    # The same examples each time: failures can be reproduced, and do not appear in unrelated changes.
     once = settings(suppress_health_check=checks, max_examples=cases, deadline=1000, database=None, derandomize=True)
     once(given(strategy)(check))()
 

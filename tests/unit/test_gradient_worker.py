@@ -1,4 +1,4 @@
-"""The thread that explains what comes while it explains."""
+"""The worker thread: jobs that arrive join those under way."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ def working(engine, max_wait_seconds=60.0, max_waiting=100):
 
 
 class Held:
-    """Passes that wait until they are let go on, and then fail where that is asked for."""
+    """Makes passes wait until they are released, and then fail if requested."""
 
     def __init__(self, engine):
         self._gradients = engine.passes.gradients
@@ -52,7 +52,7 @@ def test_jobs_that_come_join_those_under_way_and_the_short_overtake(engine):
     assert [name for name, _ in order] == ["short", "long"]
     for one, (_, together) in zip((short, long), order):
         (alone,) = engine.explain([one])
-        # Other chunk sizes take other routes through the convolutions: rounding, not mathematics.
+        # Other chunk sizes use other convolution kernels, which round differently.
         assert relative_distance(together.attributions, alone.attributions) <= 1e-5
         assert together.n_steps == one.n_steps
 
@@ -79,7 +79,7 @@ def test_parameters_places_and_results_belong_together(engine):
 def test_more_images_than_may_wait_are_not_taken(engine):
     held, done = Held(engine), []
     with working(engine, max_waiting=2) as worker:
-        worker.submit([small_job(3)] * 3, lambda *outcome: done.append(outcome))  # a request alone is never too large
+        worker.submit([small_job(3)] * 3, lambda *outcome: done.append(outcome))  # a single request is never too large
         with pytest.raises(OverloadedError, match="3 images wait for their gradients, and at most 2 may"):
             worker.submit([small_job(3)], lambda *outcome: done.append("taken"))
         held.let_go.set()
@@ -90,7 +90,7 @@ def test_what_would_wait_too_long_by_the_pace_of_late_is_not_taken(engine):
     held, done = Held(engine), []
     held.let_go.set()
     with working(engine, max_wait_seconds=0.05) as worker:
-        worker.submit([small_job(40)], lambda *outcome: done.append(outcome))  # nothing is known of the pace
+        worker.submit([small_job(40)], lambda *outcome: done.append(outcome))  # no pass has been timed yet
         while not done:
             time.sleep(0.01)
         held.let_go.clear()

@@ -1,4 +1,4 @@
-"""What a request may say about its heatmap."""
+"""The parameters of `heatmap`."""
 
 from __future__ import annotations
 

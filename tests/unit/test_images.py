@@ -1,4 +1,4 @@
-"""Images in the forms a caller has them, and the crop that the classifier sees, against torchvision's."""
+"""A caller's images as files, and the crop that the classifier sees, against torchvision's."""
 
 from __future__ import annotations
 

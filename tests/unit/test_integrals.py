@@ -121,7 +121,7 @@ def test_a_kept_integral_is_not_computed_again(engine: AttributionEngine, image:
     first = load_or_integrate(file, engine, image, TARGET, 6)
     for name, expected in integrate(engine, image, TARGET, 6).items():
         torch.testing.assert_close(first[name], expected, rtol=0, atol=0)
-    # Of no image and no class: it must come from the file.
+    # No valid image or class: the integral must come from the file.
     again = load_or_integrate(file, engine, torch.full(SHAPE, torch.nan), -1, 6)
     assert all(torch.equal(again[name], first[name]) for name in EXPLAINED_OUTPUTS)
     assert [each.name for each in file.parent.iterdir()] == ["integral.npz"]

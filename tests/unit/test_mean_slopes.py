@@ -59,7 +59,7 @@ class Residual(nn.Module):
 def with_mean_slopes(module: nn.Module) -> torch.fx.GraphModule:
     network = torch.fx.symbolic_trace(module)
     for node in network.graph.nodes:
-        node.type = None  # annotations that are strings mean nothing to TorchScript
+        node.type = None  # TorchScript cannot read annotations that are strings
     assert add_mean_slopes(network)
     return network
 
@@ -90,7 +90,7 @@ def test_a_step_accounts_for_the_whole_change_of_the_output(target: int) -> None
     ends = random(2, 3, 8, 8)
     gradient = mean_gradient(with_mean_slopes(module), ends, target)
     change = module(ends)[:, target].diff()
-    # Exact but for float64 rounding; the gradient at either end is off by far more.
+    # Exact up to float64 rounding; the gradients at the ends are far less exact.
     torch.testing.assert_close((gradient * (ends[1] - ends[0])).sum(), change[0], rtol=0, atol=1e-11)
     ends.requires_grad_()
     (at_start, _) = torch.autograd.grad(module(ends)[0, target], ends)[0]
@@ -111,7 +111,7 @@ def test_rows_that_are_not_paired_have_the_gradients_of_points() -> None:
     network = with_mean_slopes(module)
     (expected,) = torch.autograd.grad(module(images)[:, 1].sum(), images)
     (gradients,) = torch.autograd.grad(network(images, torch.tensor([False, True, False, True]))[:, 1].sum(), images)
-    # A row takes from the next one where it is paired, and else nothing; the last row has none to take from.
+    # A row depends on the next one only where it is paired; the last row has no next one.
     torch.testing.assert_close(gradients[[0, 3]], expected[[0, 3]], rtol=0, atol=1e-11)
     assert (gradients[1] - expected[1]).abs().max() > 1e-3
 
@@ -123,7 +123,7 @@ def test_rows_of_unlike_paths_share_a_pass() -> None:
     paired = torch.tensor([True, False, True, True, False])
     (together,) = torch.autograd.grad(network(points, paired)[:, 0].sum(), points)
     for row, ends in ((0, first), (2, second[:2]), (3, second[1:])):
-        # Alone, a row adds nothing of its neighbour's to its gradient.
+        # A row that is not paired does not depend on its neighbour.
         torch.testing.assert_close(together[row], mean_gradient(network, ends, 0), rtol=0, atol=1e-11)
 
 
@@ -195,7 +195,7 @@ def test_a_network_with_another_layer_is_left_as_it_was(layer: nn.Module) -> Non
 def test_only_activations_and_poolings_are_replaced() -> None:
     network = with_mean_slopes(seeded(Residual()))
     kinds = [type(module) for module in network.modules()]
-    # One ReLU is called three times, and has a replacement of its own in each place.
+    # One ReLU is called three times; each call has its own replacement.
     assert kinds.count(MeanSlopeActivation) == 4
     assert kinds.count(MeanSlopeMaxPool) == 1
     assert kinds.count(nn.Conv2d) == 2

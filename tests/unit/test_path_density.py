@@ -1,4 +1,4 @@
-"""The calibration of one network, as a file and as places on its paths."""
+"""A network's calibration: its file, and the nodes from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHA256 = "12" * 32
 
 
 def write(folder: Path, **logit_law: Any) -> Path:
-    """A valid calibration, but for what is given of the logit's law."""
+    """A valid calibration, except for the given values of the logit's law."""
     content = {
         "model_sha256": SHA256,
         "density": {"logit": [1, 2.5, 0], "probability": [3]},

@@ -1,4 +1,4 @@
-"""When a request is sent again, and how long it waits before."""
+"""When a request is retried, and after how long."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_only_a_server_without_room_is_asked_again(error: ExplainError) -> None:
     with pytest.raises(type(error)) as raised:
         attempts.delay_after(error)
     assert raised.value is error
-    # That cost no retry.
+    # That did not use a retry.
     assert attempts.delay_after(NO_ROOM) > 0
 
 

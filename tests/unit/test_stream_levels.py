@@ -1,4 +1,4 @@
-"""How a stream's explanation is cut into levels, and put together again."""
+"""How a stream's explanation is cut into levels and accumulated."""
 
 import math
 from itertools import chain, pairwise
@@ -108,7 +108,7 @@ def test_levels_add_up_to_the_whole(served_module, method):
         answers = [answer_to(engine, image, **sent) for sent in level.requests]
         last = accumulator.take(answers, level, level is levels[-1])
         error = relative_distance(last.attributions, integral.attributions)
-        # An estimate of the error: of its order, and rather above.
+        # The estimate has the error's order of magnitude and tends to be larger.
         assert 0.5 * error < last.error_estimate[0, 0] < 6 * error
     assert last.n_steps[0, 0] == 16
     assert relative_distance(last.attributions, whole.attributions) <= 1e-5
@@ -136,7 +136,7 @@ def test_parts_add_up_to_the_attribution(served_module, method):
     parts = [answer_to(engine, image, **options, part=part, parts=4) for part in range(4)]
     assert [part.n_steps[0, 0] for part in parts] == [6, 4, 4, 4]
     assert relative_distance(sum(part.attributions for part in parts), whole.attributions) <= 1e-5
-    if method == "riemann_trapezoid":  # whose weights leave a share of the change to none of its parts
+    if method == "riemann_trapezoid":  # its weights add up to less than 1
         assert sum(part.weight_sum for part in parts) == pytest.approx(8 / 9)
     else:
         assert sum(part.weight_sum for part in parts) == pytest.approx(1)
