@@ -171,9 +171,8 @@ def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
         places = (torch.arange(4000).double().view(-1, 1, 1, 1) + 0.5) / 4000
         points = torch.lerp(start, end, places).requires_grad_()
         (at_points,) = torch.autograd.grad(layer(points, None).sum(), points)
-        if not isinstance(
-            layer, MeanSlopeMaxPool
-        ):  # where three places lead in turn, pooling uses only the first and the last
+        # Where three places lead in turn, pooling uses only the first and the last.
+        if not isinstance(layer, MeanSlopeMaxPool):
             torch.testing.assert_close(mean[0], at_points.mean(dim=0), rtol=0, atol=1e-3)
         change = (mean[0] * (end - start)[0]).sum()
         torch.testing.assert_close(change, layer(end, None).sum() - layer(start, None).sum())

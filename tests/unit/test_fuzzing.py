@@ -62,7 +62,7 @@ def resident_mb() -> float:
 
 
 def fuzz(strategy: st.SearchStrategy, check: Callable, cases: int) -> None:
-    """``check`` so many examples, each within a second."""
+    """Run ``check`` on generated examples, each within a second."""
     checks = list(HealthCheck)
     # The same examples each time: failures can be reproduced, and do not appear in unrelated changes.
     once = settings(suppress_health_check=checks, max_examples=cases, deadline=1000, database=None, derandomize=True)
