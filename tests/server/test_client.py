@@ -115,7 +115,7 @@ def test_only_what_is_wanted_is_transferred(client, image_file):
     explanation = client.explain(image_file, n_steps=2, want=["attributions"])
     assert (explanation.saliency, explanation.heatmap_png) == (None, None)
     assert explanation.attributions.shape == (3, 224, 224)
-    with pytest.raises(ValueError, match="not asked for"):
+    with pytest.raises(ValueError, match="not requested"):
         _ = explanation.heatmap
     with pytest.raises(ValueError, match="`want` takes saliency, attributions, heatmap, not colours"):
         client.explain(image_file, want=["colours"])
