@@ -1,14 +1,14 @@
-# Each target builds .venv first where it is missing or older than what defines it.
+# Each target first builds .venv if it is missing or older than the files that define it.
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# What comes from torch, Captum and Triton has no types.
+# torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
 .PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
 
-# NETWORK=lite0|imagenet|shapes|PATH chooses what these two serve.
+# NETWORK=lite0|imagenet|shapes|PATH chooses the network of these two.
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
 
@@ -21,7 +21,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# One report of everything, in under 40 minutes on 2 cores: out/bench/report.md; ARGS=--quick takes under 5.
+# One report of all benchmarks, out/bench/report.md: under 40 minutes on 2 cores, under 5 with ARGS=--quick.
 bench: $(INSTALLED)
 	$(BIN)/python -m tools.bench $(ARGS)
 
@@ -35,11 +35,11 @@ lint: $(INSTALLED)
 bench-engine: $(INSTALLED)
 	$(BIN)/python -m tools.bench.engine $(ARGS)
 
-# Whether answers keep their deadlines, and what a longer one buys.
+# Whether answers keep their deadlines, and how errors fall with longer ones.
 bench-deadlines: $(INSTALLED)
 	$(BIN)/python -m tools.bench.deadlines $(ARGS)
 
-# When a stream's prediction comes while other clients' gradients fill the machine.
+# Time to a stream's prediction while other clients' gradients load the machine.
 bench-stream: $(INSTALLED)
 	$(BIN)/python -m tools.bench.stream $(ARGS)
 
@@ -47,16 +47,16 @@ bench-stream: $(INSTALLED)
 bench-server: $(INSTALLED)
 	$(BIN)/python -m tools.bench.server $(ARGS)
 
-# How far each rule and each tolerance is from the integral: hours on a CPU; it goes on where it was interrupted.
-# NETWORK=lite0 takes crops of photographs; the default is the network of drawn shapes.
+# Errors of each rule and each tolerance against the integral: hours on a CPU; it continues where it was interrupted.
+# NETWORK=lite0 uses crops of photographs; the default is the network of drawn shapes.
 quality: $(INSTALLED)
 	$(BIN)/python -m tools.quality $(ARGS)
 
-# How much of the heat lies on the shapes, over 200 held-out images.
+# Share of the heat on the shapes, over 200 held-out images.
 localisation: $(INSTALLED)
 	$(BIN)/python -m tools.evaluation.localisation
 
-# What is refused and what the answer says: docs/refusals.md, as a server answers now.
+# Write docs/refusals.md, refused requests and their messages, from a server's answers.
 refusals: $(INSTALLED)
 	$(BIN)/python -m tools.refusals
 
@@ -67,7 +67,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python .venv --constraints constraints.txt --requirements pyproject.toml --group dev --editable ./client
 	touch $@
 
-# Resolve anew what pyproject.toml and client/pyproject.toml leave open.
+# Resolve the pins of pyproject.toml and client/pyproject.toml again.
 constraints: $(INSTALLED)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --upgrade \
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml

@@ -1,4 +1,4 @@
-"""One real server for the whole run, and the references that its answers are compared with."""
+"""One real server for the whole run, and references to compare its answers with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.export import build_served, load_source, repository_with
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
 
-# Once `tools` has been imported: the models' modules go by their own names.
+# After `tools`, which adds the models' folders to the path.
 from attribution_engine import AttributionEngine  # isort: skip
 from attribution_job import Job
 
@@ -32,13 +32,13 @@ def scene_image(index: int, size: int = 256) -> Image.Image:
 
 
 def scene_pixels(index: int) -> torch.Tensor:
-    """What the classifier sees of ``encode(scene_image(index))``, float32 [3, 224, 224]."""
+    """The classifier's input for ``encode(scene_image(index))``, float32 [3, 224, 224]."""
     return TORCHVISION_TRANSFORM(scene_image(index))
 
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """A model repository with the network of drawn shapes, whatever is served otherwise. Not to be written to."""
+    """A model repository with the network of drawn shapes; tests must not write to it."""
     return repository_with("shapes")
 
 
@@ -68,7 +68,7 @@ def eager_model_float64() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def served_module() -> torch.jit.ScriptModule:
-    """What `tools/export` writes, loaded as the models load it."""
+    """The module that `tools/export` writes."""
     return torch.jit.script(build_served(load_source("shapes").module)).eval()
 
 
@@ -78,7 +78,7 @@ def engine(served_module) -> AttributionEngine:
 
 
 def small_job(n_steps: int, seed: int = 0, **options) -> Job:
-    """Of an image of 32 x 32 random pixels, which is soon explained."""
+    """A quick job, of an image of 32 x 32 random pixels."""
     image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed))
     return Job(image, torch.zeros_like(image), 4, n_steps, **options)
 

@@ -1,4 +1,4 @@
-"""Asking the live server: requests, streams, and what it counts."""
+"""Requests to the live server, streams, and its counters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def executed_batches(triton, model) -> dict[int, int]:
 
 
 def wait_for_batches(triton, model, size, count):
-    """Until the model has executed so many batches of a size: a batch counts after its last response."""
+    """Wait until the model has executed ``count`` batches of a size: a batch is counted after its last response."""
     deadline = time.monotonic() + 10
     while executed_batches(triton, model).get(size, 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -53,7 +53,7 @@ def wait_for_batches(triton, model, size, count):
 
 @dataclass
 class Heard:
-    """What a stream said: outputs of each response, then the error if it ended in one."""
+    """A stream's responses: the outputs of each, whether it was final, and the error if it ended in one."""
 
     responses: list[dict[str, np.ndarray]] = field(default_factory=list)
     finals: list[bool] = field(default_factory=list)
@@ -61,12 +61,12 @@ class Heard:
 
 
 class Stream:
-    """One request on a gRPC stream of its own."""
+    """One request on its own gRPC stream."""
 
     def __init__(self, server, images, targets=None, outputs=None, timeout_seconds=None, **parameters):
-        self._said = queue.Queue()
+        self._responses = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-        self.client.start_stream(callback=lambda result, error: self._said.put((result, error)))
+        self.client.start_stream(callback=lambda result, error: self._responses.put((result, error)))
         inputs = [tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")]
         inputs[0].set_data_from_numpy(np.array(images, np.object_)[:, None])
         if targets is not None:
@@ -79,7 +79,7 @@ class Stream:
         )
 
     def next(self):
-        result, error = self._said.get(timeout=60)
+        result, error = self._responses.get(timeout=60)
         if error is not None:
             return error
         response = result.get_response()
@@ -87,22 +87,22 @@ class Stream:
         return {output.name: result.as_numpy(output.name) for output in response.outputs}, final
 
     def hear(self) -> Heard:
-        """All of it; the connection is closed."""
+        """Read the stream to its end and close the connection."""
         heard = Heard()
         while not heard.finals or not heard.finals[-1]:
-            said = self.next()
-            if isinstance(said, Exception):
-                heard.error = said
+            response = self.next()
+            if isinstance(response, Exception):
+                heard.error = response
                 break
-            heard.responses.append(said[0])
-            heard.finals.append(said[1])
+            heard.responses.append(response[0])
+            heard.finals.append(response[1])
         self.client.stop_stream()
         self.client.close()
         return heard
 
 
 def rows_passed(server) -> int:
-    """The rows that `integrated_gradients` has counted, once it has told the server of them."""
+    """The rows that `integrated_gradients` has counted, after a wait for its metrics to be flushed."""
     time.sleep(4 * FLUSH_SECONDS)
     text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
     return int(float(re.findall(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[0]))

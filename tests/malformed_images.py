@@ -1,4 +1,4 @@
-"""Image files that nobody would write: damaged, and made to cost much."""
+"""Image files that no encoder writes: damaged ones, and ones that are expensive to decode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBER_BYTES = (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\x01"
 
 
 def png_of_size(width: int, height: int, empty_chunks: int = 0) -> bytes:
-    """A PNG file that says so, with next to nothing in it."""
+    """A PNG file whose header has this size, with little data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -27,14 +27,14 @@ def png_of_size(width: int, height: int, empty_chunks: int = 0) -> bytes:
 
 
 def jpeg_of_scans(count: int) -> bytes:
-    """A progressive JPEG file whose last scan comes again and again."""
+    """A progressive JPEG file whose last scan is repeated ``count`` times."""
     file = encode(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     last = file.rindex(b"\xff\xda")
     return file[:last] + file[last:-2] * count + file[-2:]
 
 
 def with_segments(jpeg: bytes, count: int, segment: bytes) -> bytes:
-    """A JPEG file with a segment so many times at its beginning: code, length and content."""
+    """A JPEG file with ``count`` copies of a segment (code, length and content) at its beginning."""
     return jpeg[:2] + count * (b"\xff" + segment) + jpeg[2:]
 
 
@@ -56,15 +56,15 @@ def mutate(file: bytes, seed: int) -> bytes:
                 content[at:at] = content[at : at + length]
             case 4:
                 content[at : at + 4] = generator.choice(NUMBER_BYTES)
-            case 6:  # what takes time is often what comes often
+            case 6:  # repetition is often expensive
                 content[at:at] = content[at : at + length] * generator.randint(2, 300)
-            case 5:  # most that is of interest is at the beginning
+            case 5:  # most structure is at the beginning
                 content[at % 64 : at % 64 + 1] = bytes([generator.randrange(256)])
     return bytes(content)
 
 
 def small_files() -> list[bytes]:
-    """One small image in each format and in some of its kinds."""
+    """One small image in each format and several of its variants."""
     scene = Image.fromarray(draw_scene("test", 0, size=48).image)
     exif = scene.getexif()
     exif[0x0112] = 6

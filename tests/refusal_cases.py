@@ -1,6 +1,6 @@
 """Requests that must be refused with INVALID_ARGUMENT and a message that names the fault.
 
-The refusals' test sends them, and so does ``make refusals``, which writes their answers down.
+The refusals' test sends them, and ``make refusals`` writes their answers to docs/refusals.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_IMAGE_BYTES = 32 * 1024 * 1024
 class Refusal:
     """A request that must be refused.
 
-    ``what`` is wrong, in words; ``names``: what the answer must contain; ``tensors``: name -> (dtype, array or the raw
-    bytes and shape); absent ones are those of a good request to ``model``.
+    ``what``: the fault in words; ``names``: text that the answer must contain; ``tensors``: name -> (dtype, array or
+    raw bytes and shape), which replace those of a good request to ``model``.
     """
 
     group: str
@@ -46,7 +46,7 @@ class Refusal:
         tensors = {**_GOOD_TENSORS[self.model](), **self.tensors}
         inputs = [_input(name, *tensor) for name, tensor in tensors.items() if name not in self.left_out]
         outputs = self.outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in self.outputs]
-        # The cheapest request, so that a fault that was overlooked shows at once; ``{"n_steps": None}`` leaves it out.
+        # Few steps, so that a request that is not refused fails the test soon; ``{"n_steps": None}`` leaves them out.
         parameters = {"n_steps": 2, **self.parameters} if self.model in ("explain", "integrated_gradients") else {}
         sent = {name: value for name, value in parameters.items() if value is not None}
         try:
@@ -67,7 +67,7 @@ class _Raw:
 def _input(name: str, dtype: str, values: np.ndarray | _Raw) -> tritonclient.grpc.InferInput:
     tensor = tritonclient.grpc.InferInput(name, list(values.shape), dtype)
     if isinstance(values, _Raw):
-        tensor._raw_content = values.content  # what the client itself would not send
+        tensor._raw_content = values.content  # the client's own checks would not allow it
     else:
         tensor.set_data_from_numpy(values)
     return tensor
@@ -173,25 +173,25 @@ def _tensor_cases() -> Iterator[Refusal]:
     yield Refusal("Tensors", "`IMAGE` shorter than its length says", "IMAGE", tensors={"IMAGE": ("BYTES", short)})
     huge = _Raw(b"\xff\xff\xff\xff", (1, 1))
     yield Refusal("Tensors", "`IMAGE` of 4 GiB, by its length", "IMAGE", tensors={"IMAGE": ("BYTES", huge)})
-    own: dict[str, Any] = {"model": "integrated_gradients"}
+    to_gradients: dict[str, Any] = {"model": "integrated_gradients"}
     for name, value in (("NaN", np.nan), ("infinity", np.inf)):
-        yield Refusal("Tensors", f"`PIXELS` with {name}", "PIXELS", tensors={"PIXELS": _pixels(value)}, **own)
+        yield Refusal("Tensors", f"`PIXELS` with {name}", "PIXELS", tensors={"PIXELS": _pixels(value)}, **to_gradients)
         yield Refusal(
-            "Tensors", f"`LOGITS` with {name}", "LOGITS", tensors={"LOGITS": _logits(1, classes, value)}, **own
+            "Tensors", f"`LOGITS` with {name}", "LOGITS", tensors={"LOGITS": _logits(1, classes, value)}, **to_gradients
         )
-    yield Refusal("Tensors", "`PIXELS` of 3e38", "PIXELS", tensors={"PIXELS": _pixels(3e38)}, **own)
+    yield Refusal("Tensors", "`PIXELS` of 3e38", "PIXELS", tensors={"PIXELS": _pixels(3e38)}, **to_gradients)
     small = {"PIXELS": ("FP32", np.zeros((1, 3, 32, 32), np.float32))}
-    yield Refusal("Tensors", "`PIXELS` of 32 x 32", "PIXELS", tensors=small, **own)
-    yield Refusal("Tensors", "`LOGITS` of 5 classes", "LOGITS", tensors={"LOGITS": _logits(1, 5)}, **own)
-    yield Refusal("Tensors", "`LOGITS` of no class", "LOGITS", tensors={"LOGITS": _logits(1, 0)}, **own)
-    yield Refusal("Tensors", "two `PIXELS`, one `LOGITS`", "batch", tensors={"PIXELS": _pixels(0, 0)}, **own)
+    yield Refusal("Tensors", "`PIXELS` of 32 x 32", "PIXELS", tensors=small, **to_gradients)
+    yield Refusal("Tensors", "`LOGITS` of 5 classes", "LOGITS", tensors={"LOGITS": _logits(1, 5)}, **to_gradients)
+    yield Refusal("Tensors", "`LOGITS` of no class", "LOGITS", tensors={"LOGITS": _logits(1, 0)}, **to_gradients)
+    yield Refusal("Tensors", "two `PIXELS`, one `LOGITS`", "batch", tensors={"PIXELS": _pixels(0, 0)}, **to_gradients)
     none = {
         "PIXELS": ("FP32", _Raw(bytes(4 * 3 * 224 * 224), (0, 3, 224, 224))),
         "LOGITS": ("FP32", _Raw(bytes(4 * classes), (0, classes))),
     }
-    yield Refusal("Tensors", "`PIXELS` and `LOGITS` of a batch of none", "PIXELS", tensors=none, **own)
+    yield Refusal("Tensors", "`PIXELS` and `LOGITS` of a batch of none", "PIXELS", tensors=none, **to_gradients)
     many = {"PIXELS": _pixels(*[0] * 32), "LOGITS": _logits(32, classes)}
-    yield Refusal("Tensors", "32 images, `n_steps=157`", "'n_steps'", {"n_steps": 157}, tensors=many, **own)
+    yield Refusal("Tensors", "32 images, `n_steps=157`", "'n_steps'", {"n_steps": 157}, tensors=many, **to_gradients)
     wild = {"RELEVANCE": ("FP32", np.full((1, 224, 224), np.nan, np.float32))}
     yield Refusal("Tensors", "`RELEVANCE` with NaN, to `heatmap`", "RELEVANCE", tensors=wild, model="heatmap")
 
@@ -202,7 +202,7 @@ def _bytes(rows: list[list[bytes]]) -> np.ndarray:
 
 def _image_cases() -> Iterator[Refusal]:
     scene = _scene()
-    png, jpeg, webp = (encode(scene, each) for each in ("PNG", "JPEG", "WEBP"))
+    png, jpeg, webp = (encode(scene, kind) for kind in ("PNG", "JPEG", "WEBP"))
     damaged = bytearray(png)
     damaged[60:70] = b"0123456789"
     for what, names, file in (

@@ -1,4 +1,4 @@
-"""A gRPC server that says what it is told to, for what Triton itself does not say on demand."""
+"""A gRPC server with scripted answers, for those that Triton does not give on demand."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 
 class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A gRPC server that says what it is told to: Triton itself is not unavailable on demand."""
+    """Answers UNAVAILABLE to the first ``unavailable`` requests, then a prediction."""
 
     def __init__(self, unavailable: int) -> None:
-        self.unavailable, self.asked = unavailable, 0
+        self.unavailable, self.requests = unavailable, 0
 
     def ModelInfer(self, request, context):  # noqa: N802
-        self.asked += 1
-        if self.asked <= self.unavailable:
+        self.requests += 1
+        if self.requests <= self.unavailable:
             context.abort(grpc.StatusCode.UNAVAILABLE, "no room")
         response = service_pb2.ModelInferResponse(model_name=request.model_name)
         output = response.outputs.add(name="PROBABILITIES", datatype="BYTES", shape=[1, 1])

@@ -1,4 +1,4 @@
-"""What surrounds the model repository. Its folders' modules are imported as Triton does it: by their own names."""
+"""Commands around the model repository. They import the models' modules as Triton does: by their bare names."""
 
 import sys
 

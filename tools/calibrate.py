@@ -1,10 +1,10 @@
-"""Find where a network's paths need their nodes: ``python -m tools.calibrate [--images FOLDER]``.
+"""Measure where a network's paths need their nodes: ``python -m tools.calibrate [--images FOLDER]``.
 
-Takes the gradients of both outputs at evenly spaced points of the paths to some images, and writes beside the served
-network, with its checksum, how densely nodes belong where, and how errors fall with their number. ``method=calibrated``
-places its nodes by the one, ``tolerance`` and ``deadline_ms`` plan and estimate with the other. Without a folder the
-images are crops of photographs that installed packages carry or, for the network of drawn shapes, its generator's
-calibration split; no rule is judged on any of them.
+Takes the gradients of both outputs at evenly spaced points of the paths to some images. Writes, beside the served
+network and with its checksum, the density of nodes and how errors fall with their number. ``method=calibrated`` places
+its nodes by the density; ``tolerance`` and ``deadline_ms`` plan steps and estimate errors with both. Without a folder
+the images are crops of photographs from installed packages or, for the network of drawn shapes, its generator's
+calibration split. `make quality` uses none of these images.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ INTERVALS = 64
 # The density is the gradients' mean rate of change to one of these powers. If errors of segments do not cancel and grow
 # as the square of their length, 1/2 is best; if they are random and grow as the length, 1 is.
 EXPONENTS = (0.5, 0.65, 0.8, 0.95)
-# Steps at which the powers are compared, and by what.
+# Steps at which the powers are compared, and steps and power of the reference.
 COMPARED_STEPS, REFERENCE_STEPS, REFERENCE_EXPONENT = 16, 96, 0.65
-# Numbers of steps that tell how errors fall; those whose quarter is among them tell what the difference stands for.
+# Numbers of steps to which the error law is fitted; those whose quarter is among them also give its margin.
 LAW_STEPS = (2, 4, 8, 16, 32)
 LAW_FROM = 4
-# Of images: the expected error, and the margin of an estimate.
+# Percentiles over images: of the error for the law's scale, and of error over estimate for its margin.
 SCALE_PERCENTILE, MARGIN_PERCENTILE = 90, 95
 
 
@@ -58,10 +58,10 @@ def gradient_change(engine: AttributionEngine, image: Tensor, intervals: int = I
 
     Args:
         engine: of the network.
-        image: [3, height, width].
+        image: float32 [3, height, width], normalised.
 
     Returns:
-        Norms in pixel space relative to that of the attribution, float64 [intervals].
+        Norms in pixel space relative to the attribution's norm, float64 [intervals].
     """
     with torch.no_grad():
         target = int(engine.network(image[None]).argmax())
@@ -69,10 +69,10 @@ def gradient_change(engine: AttributionEngine, image: Tensor, intervals: int = I
     last: dict[str, Tensor] = {}
     totals = {name: torch.zeros_like(image) for name in EXPLAINED_OUTPUTS}
     changes: dict[str, list[Tensor]] = {name: [] for name in EXPLAINED_OUTPUTS}
-    for found in integrands(engine, image, target, nodes):
-        for name, values in found.items():
-            together = torch.cat((last[name], values)) if name in last else values
-            changes[name].append(together.diff(dim=0).flatten(1).norm(dim=1))
+    for gradients in integrands(engine, image, target, nodes):
+        for name, values in gradients.items():
+            with_last = torch.cat((last[name], values)) if name in last else values
+            changes[name].append(with_last.diff(dim=0).flatten(1).norm(dim=1))
             last[name] = values[-1:]
             totals[name] += values.sum(dim=0)
     return {
@@ -82,25 +82,25 @@ def gradient_change(engine: AttributionEngine, image: Tensor, intervals: int = I
 
 
 def attributions(engine: AttributionEngine, image: Tensor, output: str, steps: Sequence[int]) -> list[Tensor]:
-    """Of the predicted class, with so many steps by the engine's density each."""
+    """Attributions of the predicted class, one for each number of steps, by the engine's density."""
     with torch.no_grad():
         target = int(engine.network(image[None]).argmax())
     job = Job(image, torch.zeros_like(image), target, method="calibrated", probability=output == "probability")
-    found = explain(engine, [replace(job, n_steps=count) for count in steps], with_delta=False)
-    return [each.attributions for each in found]
+    explanations = explain(engine, [replace(job, n_steps=count) for count in steps], with_delta=False)
+    return [explanation.attributions for explanation in explanations]
 
 
 def with_exponent(changes: dict[str, Tensor], exponent: float) -> PathDensity:
-    """Nodes by the rate of change to a power; for both outputs."""
+    """The density that is the rate of change to a power, for both outputs."""
     return PathDensity({name: change**exponent for name, change in changes.items()}, {})
 
 
 def fit_output(
     engine: AttributionEngine, images: Sequence[Tensor], changes: dict[str, Tensor], output: str
 ) -> tuple[float, ErrorLaw]:
-    """The power of the rate of change that makes the smallest errors, and how errors fall then. Changes the engine.
+    """The power of the rate of change with the smallest errors, and its error law. Changes the engine's density.
 
-    Errors are relative, to an attribution of many steps.
+    Errors are relative to an attribution of ``REFERENCE_STEPS`` steps.
     """
     references: list[Tensor] = []
     compared: dict[float, list[float]] = {exponent: [] for exponent in EXPONENTS}
@@ -109,30 +109,30 @@ def fit_output(
         references += attributions(engine, image, output, [REFERENCE_STEPS])
         for exponent, errors in compared.items():
             engine.density = with_exponent(changes, exponent)
-            (compared_with,) = attributions(engine, image, output, [COMPARED_STEPS])
-            errors.append(((compared_with - references[-1]).norm() / references[-1].norm()).item())
-    exponent = min(EXPONENTS, key=lambda each: float(np.median(compared[each])))
+            (attribution,) = attributions(engine, image, output, [COMPARED_STEPS])
+            errors.append(((attribution - references[-1]).norm() / references[-1].norm()).item())
+    exponent = min(EXPONENTS, key=lambda exponent: float(np.median(compared[exponent])))
     engine.density = with_exponent(changes, exponent)
     all_errors: list[list[float]] = []
     differences: list[dict[int, float]] = []
     for image, reference in zip(tqdm(images, desc=f"errors, {output}"), references):
-        found = dict(zip(LAW_STEPS, attributions(engine, image, output, LAW_STEPS)))
-        all_errors.append([((each - reference).norm() / reference.norm()).item() for each in found.values()])
+        by_steps = dict(zip(LAW_STEPS, attributions(engine, image, output, LAW_STEPS)))
+        all_errors.append([((value - reference).norm() / reference.norm()).item() for value in by_steps.values()])
         differences.append(
             {
-                count: ((each - found[round(COARSE_SHARE * count)]).norm() / reference.norm()).item()
-                for count, each in found.items()
-                if round(COARSE_SHARE * count) in found
+                count: ((value - by_steps[round(COARSE_SHARE * count)]).norm() / reference.norm()).item()
+                for count, value in by_steps.items()
+                if round(COARSE_SHARE * count) in by_steps
             }
         )
     return exponent, fit_law(np.array(all_errors), differences)
 
 
 def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw:
-    """How errors fall.
+    """Fit the error law.
 
     Args:
-        errors: relative [images, numbers of steps], at ``LAW_STEPS``.
+        errors: relative, [images, numbers of steps], at ``LAW_STEPS``.
         differences: for each image, number of steps -> relative difference to a quarter of them.
     """
     counts = np.array(LAW_STEPS)
@@ -140,27 +140,27 @@ def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw
     slope, _ = np.polyfit(np.log(counts[fitted]), np.log(np.median(errors[:, fitted], axis=0)), 1)
     scale = np.percentile(errors[:, fitted] * counts[fitted] ** -slope, SCALE_PERCENTILE)
     law = ErrorLaw(float(scale), float(-slope), 1.0)
-    stands_for = [
+    errors_over_estimates = [
         errors[image, LAW_STEPS.index(count)] / (law.share(round(COARSE_SHARE * count), count) * difference)
         for image, by_count in enumerate(differences)
         for count, difference in by_count.items()
     ]
-    return replace(law, margin=float(np.percentile(stands_for, MARGIN_PERCENTILE)))
+    return replace(law, margin=float(np.percentile(errors_over_estimates, MARGIN_PERCENTILE)))
 
 
 def load_folder(folder: Path, count: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Images of a folder as `preprocess` shows them to the classifier, [3, 224, 224]; others are reported and left."""
-    taken, limits = 0, ImageLimits()
+    """Images of a folder as `preprocess` makes them, float32 [3, 224, 224]; files that are not images are reported."""
+    loaded, limits = 0, ImageLimits()
     mean, std = list(preprocessing.mean), list(preprocessing.std)
     for file in sorted(folder.rglob("*")):
-        if not file.is_file() or taken == count:
+        if not file.is_file() or loaded == count:
             continue
         try:
             pixels = load_pixels(open_image(file.read_bytes(), limits), mean, std, limits)
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue
-        taken += 1
+        loaded += 1
         yield pixels
 
 
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: see above)")
     parser.add_argument("--count", type=int, default=32, help="images to take (default: %(default)s)")
     served = parser.add_mutually_exclusive_group()
-    served.add_argument("--network", choices=NETWORKS, help="one of this repository's instead of what is served")
+    served.add_argument("--network", choices=NETWORKS, help="one of this repository's, not what is served")
     served.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
     parser.add_argument("--out", type=Path, help=f"default: {FILE_NAME} beside the network")
     arguments = parser.parse_args()
@@ -191,8 +191,8 @@ def main() -> None:
     if not images:
         sys.exit(f"calibrate: there is no image in {arguments.images}")
     images = [image.to(arguments.device) for image in images]
-    found = [gradient_change(engine, image) for image in tqdm(images, desc="changes")]
-    changes = {name: torch.stack([each[name] for each in found]).mean(dim=0) for name in EXPLAINED_OUTPUTS}
+    by_image = [gradient_change(engine, image) for image in tqdm(images, desc="changes")]
+    changes = {name: torch.stack([image[name] for image in by_image]).mean(dim=0) for name in EXPLAINED_OUTPUTS}
     fits = {name: fit_output(engine, images, changes, name) for name in EXPLAINED_OUTPUTS}
     content = {
         "model_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),

@@ -1,6 +1,6 @@
-"""``make demo``: start the server, explain photographs or one of yours, and show where the pictures are.
+"""``make demo``: start the server, explain sample photographs or your images, and say where the pictures are.
 
-The photographs are those that installed packages carry; for the network of drawn shapes, shapes are drawn.
+The samples are photographs from installed packages or, for the network of drawn shapes, drawn shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.triton.process import ServerError
 
 DEMO_OUTPUTS = OUTPUTS / "demo"
 REPORT = DEMO_OUTPUTS / "report.html"
-# Relative error of the attributions: what a heatmap shows; a hard photograph takes more than the default 50 steps.
+# Relative error of the attributions: a smaller one is not visible in a heatmap. Hard photographs take over 50 steps.
 TOLERANCE = "0.05"
 MOST_STEPS = "200"
 SAMPLES = ("heart", "star", "ring", "cross", "crescent", "arrow", "triangle", "hexagon")
@@ -34,19 +34,19 @@ COLUMNS = 4
 
 
 def write_samples(folder: Path, network: str | None) -> list[Path]:
-    """Sample images for a network: photographs, with their licences beside them, or an image of each of some shapes."""
+    """Write sample images for a network: photographs with their licences, or drawn shapes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if network == "shapes":
         return _draw_shapes(folder)
     (folder / "LICENCES.txt").write_text(
-        "".join(f"{each.file.name}: {each.licence} (from the package {each.package})\n" for each in DEMO)
+        "".join(f"{photo.file.name}: {photo.licence} (from the package {photo.package})\n" for photo in DEMO)
     )
-    return [Path(shutil.copy(each.file, folder)) for each in DEMO]
+    return [Path(shutil.copy(photo.file, folder)) for photo in DEMO]
 
 
 def _draw_shapes(folder: Path) -> list[Path]:
-    """In every format that is served."""
+    """Draw an image of each sample shape, in all served formats in turn."""
     paths = []
     for index, name in enumerate(SAMPLES):
         scene = draw_scene("demo", index, size=320, label=CLASSES.index(name))
@@ -56,7 +56,7 @@ def _draw_shapes(folder: Path) -> list[Path]:
 
 
 def contact_sheet(images: list[Path], folder: Path) -> Path:
-    """All images beside their heatmaps in one picture."""
+    """Write one picture of all images beside their heatmaps; returns its path."""
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * 2 * TILE, rows * (TILE + CAPTION)), "white")
@@ -64,7 +64,7 @@ def contact_sheet(images: list[Path], folder: Path) -> Path:
     for index, path in enumerate(images):
         left, top = (index % columns) * 2 * TILE, (index // columns) * (TILE + CAPTION)
         with Image.open(path) as image:
-            # What the classifier sees of it: the central 224 of 256.
+            # The part that the classifier sees: the central 224 of 256 pixels.
             upright = ImageOps.exif_transpose(image).convert("RGB")
         seen = ImageOps.fit(ImageOps.fit(upright, (256, 256)).crop((16, 16, 240, 240)), (TILE, TILE))
         sheet.paste(seen, (left, top + CAPTION))

@@ -1,9 +1,9 @@
 """Write the classifier that the repository serves: ``python -m tools.export --weights lite0|imagenet|shapes|PATH``.
 
 An eager model becomes one TorchScript file whose ``forward`` returns (logits, probabilities). Batch normalisation
-is folded into the convolutions. Where the network begins with affine layers, the file also has the methods ``stem``
-(those layers) and ``tail`` (the rest), which is what lets the explaining engine take them out of its loop. The file is
-compared with the eager model before it replaces the one that is served.
+is folded into the convolutions. If the network begins with affine layers, the file also has the methods ``stem`` (those
+layers) and ``tail`` (the rest), so that the explaining engine can take the stem out of its loop. The file is compared
+with the eager model before it replaces the served one.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from tools.paths import MODEL_REPOSITORY, OUTPUTS
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT, load_dequantized
 from tools.torchscript import mean_slopes
 
-# Affine functions of their input, whatever their weights.
+# Layers that are affine functions of their input, whatever their weights.
 AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity, nn.ZeroPad2d)
-# What has weights of its own here; other networks come as files.
+# Networks with known sources of weights; others come as files.
 NETWORKS = ("lite0", "imagenet", "shapes")
-# Where a download must begin to answer.
+# Time for a download server to answer.
 DOWNLOAD_SECONDS = 10
-# What `export` writes into a repository beside its own files.
+# Files that `export` writes into a repository.
 EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
-# Where the paths of known networks need their nodes: `tools/calibrate`.
+# Calibrations of known networks, by `tools/calibrate`.
 CALIBRATIONS = (DEMO_CALIBRATION, lite0.CALIBRATION)
-# Whose probabilities have labels.
+# Models whose probabilities have labels.
 LABELLED_MODELS = ("classifier", "explain_stream")
 # Largest difference from the eager model, relative to its largest logit; float32 rounding is about 1e-6.
 TOLERANCE = 1e-4
@@ -60,9 +60,9 @@ class DownloadError(ExportError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What `preprocess` does to an image: the short side to ``resize`` pixels, the middle, (value - mean) / std.
+    """What `preprocess` does: short side to ``resize`` pixels, central ``center_crop`` pixels, (value - mean) / std.
 
-    ``mean`` and ``std`` are per channel, of values in [0, 1]; without others they are those of torchvision's weights.
+    ``mean`` and ``std`` are per channel, of values in [0, 1]. The defaults are those of torchvision's weights.
     """
 
     resize: int = 256
@@ -73,9 +73,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Source:
-    """An eager model in evaluation mode, its class names, and where its weights came from.
+    """An eager model in evaluation mode, its class names, and the source of its weights.
 
-    ``network`` is what ``load_source`` was asked for, ``weights`` a description.
+    ``network`` is the argument ``weights`` of ``load_source``; ``weights`` describes their source.
     """
 
     module: nn.Module
@@ -107,16 +107,16 @@ class HoistableClassifier(nn.Module):
 
     @torch.jit.export
     def tail(self, features: Tensor) -> Tensor:
-        """The rest of the network: what the stem returned -> logits."""
+        """The rest of the network: the stem's features -> logits [n, classes]."""
         return self.tail_layers(features)
 
 
 class PiecewiseLinearClassifier(HoistableClassifier):
-    """The same, of a network whose gradients can be means over stretches of a path (`tools/torchscript`)."""
+    """The same, for a network whose gradients can be means over segments of a path (`tools/torchscript`)."""
 
     @torch.jit.export
     def mean_slope_tail(self, features: Tensor, paired: Tensor) -> Tensor:
-        """``tail`` of consecutive points of a path; ``paired`` bool [n]: rows with means over the way to the next."""
+        """``tail`` for points of a path; where ``paired`` [n], gradients are means over the segment to the next row."""
         return self.tail_layers(features, paired)
 
 
@@ -140,8 +140,8 @@ def load_source(weights: str, architecture: str = "resnet18", labels_file: Path 
         weights: ``lite0`` (EfficientNet-Lite0 with ImageNet weights from an installed package), ``imagenet``
             (torchvision's, downloaded by torchvision), ``shapes`` (the network of drawn shapes), or the path of a state
             dict (``torch.save``) or of a checkpoint that ``tools.shapes.train`` wrote.
-        architecture: a name of ``torchvision.models``; ``shapes`` is always a resnet18, ``lite0`` what its name says.
-        labels_file: class names, one a line; needed for none, used for a state dict.
+        architecture: a name of ``torchvision.models``; ``shapes`` is always a resnet18, and ``lite0`` ignores it.
+        labels_file: class names, one a line; optional, replaces the names of a checkpoint.
 
     Raises:
         ExportError: unknown architecture, missing or unfitting weights, failed download.
@@ -155,17 +155,17 @@ def load_source(weights: str, architecture: str = "resnet18", labels_file: Path 
     path = DEMO_CHECKPOINT if weights == "shapes" else Path(weights)
     if not path.is_file():
         raise ExportError(f"{weights}: no such file; give {', '.join(NETWORKS)} or the path of a checkpoint")
-    own_labels: tuple[str, ...] | None = None
+    stored_labels: tuple[str, ...] | None = None
     if path.suffix == ".safetensors":
-        state, own_labels = load_dequantized(path)
+        state, stored_labels = load_dequantized(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # torchvision's classifiers end with the bias of their head.
-    classes = len(own_labels or state[next(reversed(state))])
+    classes = len(stored_labels or state[next(reversed(state))])
     if labels_file is not None:
         labels = labels_file.read_text().splitlines()
     else:
-        labels = list(own_labels) if own_labels else [f"class {index}" for index in range(classes)]
+        labels = list(stored_labels) if stored_labels else [f"class {index}" for index in range(classes)]
     if len(labels) != classes:
         raise ExportError(f"{labels_file} has {len(labels)} labels for {classes} classes")
     module = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
@@ -214,7 +214,7 @@ def _load_imagenet(architecture: str) -> Source:
 
 
 def load_default() -> Source:
-    """A real network: torchvision's ResNet-18 where its weights can be had, else EfficientNet-Lite0, which is said."""
+    """torchvision's ResNet-18 if its weights can be downloaded, else EfficientNet-Lite0, with a message."""
     try:
         return load_source("imagenet")
     except DownloadError:
@@ -223,15 +223,15 @@ def load_default() -> Source:
 
 
 def build_served(module: nn.Module) -> nn.Module:
-    """The module to script: batch norm folded, split behind its affine beginning where it has one."""
+    """The module to script: batch norm folded, and split behind its affine layers if it begins with some."""
     folded = fuse(module)
     assert isinstance(folded, torch.fx.GraphModule)
     layers: Iterable[Any] = folded.modules()
     for layer in layers:
         if hasattr(layer, "inplace"):
-            layer.inplace = False  # the tail's input is a leaf of the gradient, not to be overwritten
+            layer.inplace = False  # autograd forbids writing into the tail's input, a leaf
     for node in folded.graph.nodes:
-        node.type = None  # annotations that are strings mean nothing to TorchScript
+        node.type = None  # TorchScript cannot read annotations that are strings
     _pool_before_relu(folded)
     split = _split_behind_stem(folded)
     served: nn.Module
@@ -245,10 +245,9 @@ def build_served(module: nn.Module) -> nn.Module:
 
 
 def _pool_before_relu(network: torch.fx.GraphModule) -> None:
-    """Swap each ReLU with the max pooling that alone reads it. Changes ``network``.
+    """Swap each ReLU with the max pooling behind it if nothing else reads the ReLU. Changes ``network``.
 
-    The largest of rectified numbers is the rectified largest, and their gradients are the same too; the ReLU then works
-    on what is left after the pooling.
+    Values and gradients stay the same, because ReLU is monotone; it then has fewer values to compute.
     """
     for pool in list(network.graph.nodes):
         if not _calls(network, pool, nn.MaxPool2d):
@@ -295,28 +294,28 @@ def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, torch.
 
 @torch.no_grad()
 def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
-    """Compare a scripted classifier with the eager model; the largest difference relative to the largest logit.
+    """Compare a scripted classifier with the eager model; returns the largest difference relative to the largest logit.
 
     Raises:
         ExportError: they differ, or ``stem`` is not affine.
     """
     generator = torch.Generator().manual_seed(0)
-    pixels, other = torch.randn(2, 2, 3, 224, 224, generator=generator)
+    pixels, others = torch.randn(2, 2, 3, 224, 224, generator=generator)
     expected = eager(pixels)
     logits, probabilities = served(pixels)
 
-    def difference(one: Tensor, two: Tensor) -> float:
-        return ((one - two).abs().max() / two.abs().max().clamp_min(1e-6)).item()
+    def difference(values: Tensor, reference: Tensor) -> float:
+        return ((values - reference).abs().max() / reference.abs().max().clamp_min(1e-6)).item()
 
-    found = difference(logits, expected)
-    checks = {"logits": found, "probabilities": difference(probabilities, expected.softmax(dim=1))}
+    logit_difference = difference(logits, expected)
+    checks = {"logits": logit_difference, "probabilities": difference(probabilities, expected.softmax(dim=1))}
     if hasattr(served, "stem"):
-        between = served.stem(0.3 * pixels + 0.7 * other)
-        checks["stem (not affine)"] = difference(0.3 * served.stem(pixels) + 0.7 * served.stem(other), between)
+        between = served.stem(0.3 * pixels + 0.7 * others)
+        checks["stem (not affine)"] = difference(0.3 * served.stem(pixels) + 0.7 * served.stem(others), between)
         checks["tail(stem(pixels))"] = difference(served.tail(served.stem(pixels)), expected)
     if hasattr(served, "mean_slope_tail"):
-        # Its mean gradient from one point to the next must account for the whole change of the output.
-        features = served.stem(torch.cat((0.6 * pixels[:1] + 0.4 * other[:1], pixels[:1])))
+        # The mean gradient times the step must be the whole change of the output.
+        features = served.stem(torch.cat((0.6 * pixels[:1] + 0.4 * others[:1], pixels[:1])))
         with torch.enable_grad(), torch.jit.optimized_execution(False):
             logits = served.mean_slope_tail(features.requires_grad_(), torch.tensor([True, False]))
             (gradients,) = torch.autograd.grad(logits[0].sum(), features)
@@ -326,16 +325,16 @@ def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
     for name, value in checks.items():
         if not value <= TOLERANCE:
             raise ExportError(f"the exported {name} differ from the eager model by {value:.1e}; nothing was written")
-    return found
+    return logit_difference
 
 
 def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool = False) -> Path:
     """Write ``classifier/1/model.pt``, its manifest and the models' ``labels.txt``; returns the model's path.
 
     Args:
-        source: what to write.
-        repository: where.
-        automatic: nobody asked for this network, so ``ensure_exported`` may replace it.
+        source: the classifier to write.
+        repository: the model repository to write to.
+        automatic: nobody requested this network, so ``ensure_exported`` may replace it.
 
     Raises:
         ExportError: the scripted model differs from the eager one. Nothing is written then.
@@ -364,7 +363,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
             "exporter_sha256": _exporter_sha256(),
         }
         _replace_calibration(source, path.parent, model_sha256)
-        # The model last: a file that is there has its labels and its manifest.
+        # The model last: if it exists, so do its labels and its manifest.
         labels = "".join(f"{label}\n" for label in source.labels)
         for model in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
             (model / "labels.txt").write_text(labels)
@@ -374,21 +373,21 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
 
 
 def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = None) -> None:
-    """Have a classifier in a repository; what somebody exported there is never replaced.
+    """Export a classifier into a repository if needed; never replaces one that a person exported there.
 
     Args:
-        repository: where.
-        network: see ``load_source``; None: what is there, and where nothing is, ``load_default``.
+        repository: the model repository.
+        network: see ``load_source``; None: the exported one, or ``load_default`` if there is none.
 
     Raises:
-        ExportError: what somebody exported has lost its ``model.pt`` or is not the wanted network, or the wanted one
+        ExportError: the classifier that a person exported lacks ``model.pt`` or is not ``network``, or ``network``
             cannot be exported.
     """
     file = repository / "classifier" / "1" / "model.pt"
     manifest = read_manifest(repository)
-    # Before manifests said so, what was exported unasked was the network of drawn shapes.
-    is_own = file.is_file() if manifest is None else not manifest.get("automatic", manifest["weights"] == "shapes")
-    if is_own:
+    # Older manifests lack `automatic`; the network of drawn shapes was then exported automatically.
+    is_manual = file.is_file() if manifest is None else not manifest.get("automatic", manifest["weights"] == "shapes")
+    if is_manual:
         what = manifest["weights"] if manifest else "a file that was not exported here"
         if not file.is_file():
             raise ExportError(f"{file} is missing; {what} was exported there: export it again, or remove manifest.json")
@@ -403,7 +402,7 @@ def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = N
     if manifest and known and known == wanted:
         checkpoint = DEMO_CHECKPOINT if known == "shapes" else None if known in NETWORKS else Path(known)
         if checkpoint is not None and not checkpoint.is_file():
-            return  # where it came from is gone, and it serves
+            return  # the checkpoint is gone, but its export still serves
         is_same = checkpoint is None or _sha256(checkpoint) == manifest["weights_sha256"]
         if is_same and manifest["exporter_sha256"] == _exporter_sha256():
             return
@@ -418,25 +417,25 @@ def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = N
 
 
 def _resolved(network: str) -> str:
-    """A network's name; the whole path of one that is a file."""
+    """A network's name, or the absolute path of a checkpoint."""
     return network if network in NETWORKS else str(Path(network).resolve())
 
 
 def repository_with(network: str) -> Path:
     """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise."""
     copy = OUTPUTS / "repositories" / network
-    own = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
+    exported = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
     for folder in filter(Path.is_dir, MODEL_REPOSITORY.iterdir()):
         for file in (copy / folder.name / "1").glob("*.py"):
             if not (folder / "1" / file.name).is_file():
                 file.unlink()
-        shutil.copytree(folder, copy / folder.name, ignore=own, dirs_exist_ok=True)
+        shutil.copytree(folder, copy / folder.name, ignore=exported, dirs_exist_ok=True)
     ensure_exported(copy, network)
     return copy
 
 
 def read_manifest(repository: Path = MODEL_REPOSITORY) -> dict[str, Any] | None:
-    """What ``export`` says of the classifier in a repository; None where it did not write the ``model.pt`` there."""
+    """The manifest of the classifier in a repository; None if ``export`` did not write the ``model.pt`` there."""
     folder = repository / "classifier" / "1"
     if not (folder / "manifest.json").is_file():
         return None
@@ -455,9 +454,9 @@ def describe_served(repository: Path = MODEL_REPOSITORY) -> str:
 
 
 def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> None:
-    """Put a network's calibration beside it, a known one or its own from before; nobody else's stays there."""
+    """Replace the calibration beside a network by a known one, or keep the previous one if it fits its weights."""
     file = folder / FILE_NAME
-    known = [json.loads(each.read_text()) for each in (*CALIBRATIONS, file) if each.is_file()]
+    known = [json.loads(path.read_text()) for path in (*CALIBRATIONS, file) if path.is_file()]
     file.unlink(missing_ok=True)
     for calibration in known:
         if source.sha256 and calibration.get("weights_sha256") == source.sha256:
@@ -466,7 +465,7 @@ def _replace_calibration(source: Source, folder: Path, model_sha256: str) -> Non
 
 
 def _exporter_sha256() -> str:
-    """Of the code that decides what is written."""
+    """Checksum of the code and data that decide what is written."""
     files = [Path(__file__), Path(mean_slopes.__file__), Path(lite0.__file__), *CALIBRATIONS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -488,10 +487,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         source = load_source(arguments.weights, arguments.arch, arguments.labels)
-        given: dict[str, Any] = {
+        overrides: dict[str, Any] = {
             name: tuple(getattr(arguments, name)) for name in ("mean", "std") if getattr(arguments, name)
         }
-        source = replace(source, preprocessing=replace(source.preprocessing, **given))
+        source = replace(source, preprocessing=replace(source.preprocessing, **overrides))
         path = export(source, arguments.repository)
     except ExportError as error:
         sys.exit(f"export: {error}")

@@ -1,7 +1,7 @@
-"""Whether a server really answers: ``python3 -m tools.probe`` asks for an explanation, or prediction, of a small image.
+"""Check that a server answers: ``python3 -m tools.probe`` requests an explanation, or prediction, of a small image.
 
-Triton's own readiness says nothing of a model's process that died or hangs. For health checks and probes; nothing but
-the standard library, so that it runs anywhere. Exit status 0: it answered in time.
+For health checks and probes: Triton's own readiness does not notice a model's process that died or hangs. It needs only
+the standard library. Exit status 0: the server answered in time.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from collections.abc import Mapping
 IMAGE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
 )
-# What is asked of each model, and one of its outputs that only the whole chain makes.
+# For each model, an output that needs the whole chain of models, and the parameters of the request.
 MODELS = {"explain": ("HEATMAP", {"n_steps": 1}), "classify": ("PROBABILITIES", {})}
 # The models that such a request passes, in order.
 CHAINS = {
     "explain": ("preprocess", "classifier", "integrated_gradients", "heatmap"),
     "classify": ("preprocess", "classifier"),
 }
-# The codes with which a server with too much to do answers, and `explain_stream` to what is no image.
+# Error codes: of an overloaded server, and of `explain_stream` for bytes that are not an image.
 OVERLOADED, INVALID = "[overloaded] ", "[invalid] "
-# What counts as going on, beside answers: Triton counts those of `preprocess` by the batch, and of
-# `integrated_gradients` before they are there.
+# Counters that show progress. Requests alone do not: Triton counts those of `preprocess` by the batch, and those of
+# `integrated_gradients` before they are answered.
 DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
 GRADIENTS_DONE = ("integrated_gradients_rows_total",)
 STREAMS_ENDED = "explain_stream_streams_total"
@@ -39,24 +39,24 @@ PENDING = ("nv_inference_pending_request_count", "integrated_gradients_waiting_i
 
 
 def served_model(settings: Mapping[str, str]) -> str:
-    """The model to ask of a server with these settings: `tools.deploy.serve` has them."""
+    """The model to probe on a server with these settings, which are those of `tools.deploy.serve`."""
     return "classify" if settings.get("MODELS") == "classify" else "explain"
 
 
 class ProbeError(Exception):
-    """There was no answer as it should be; the message says what there was."""
+    """The server did not answer as it should; the message says what it did."""
 
 
 class NoAnswerError(ProbeError):
-    """There was none in time."""
+    """There was no answer in time."""
 
 
 class OverloadedError(ProbeError):
-    """It says that it has too much to do."""
+    """The server says that it is overloaded."""
 
 
 def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) -> None:
-    """Ask a model for an answer over HTTP.
+    """Send one request to a model over HTTP and check the answer.
 
     Args:
         host: of the server.
@@ -65,17 +65,17 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
         seconds: how long the answer may take.
 
     Raises:
-        NoAnswerError: it did not answer in time.
-        OverloadedError: it has too much to do.
+        NoAnswerError: there was no answer in time.
+        OverloadedError: the server is overloaded.
         ProbeError: it answered with another error, or cannot be reached.
     """
     output, parameters = MODELS[model]
     image = struct.pack("<I", len(IMAGE)) + IMAGE
     content = {"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": len(image)}}
     wanted = {"name": output, "parameters": {"binary_data": True}}
-    # Whoever gave up is not worked for: a probe must not add to the load that it finds.
-    given_up = {"timeout": int(1e6 * seconds)}
-    header = json.dumps({"inputs": [content], "outputs": [wanted], "parameters": {**parameters, **given_up}}).encode()
+    # Triton drops the request after this time: a probe that has given up must not add load.
+    timeout = {"timeout": int(1e6 * seconds)}
+    header = json.dumps({"inputs": [content], "outputs": [wanted], "parameters": {**parameters, **timeout}}).encode()
     headers = {"Inference-Header-Content-Length": str(len(header))}
     status, body = _ask(host, port, seconds, "POST", f"/v2/models/{model}/infer", header + image, headers)
     if status == 503 and OVERLOADED.encode() in body:
@@ -85,19 +85,19 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
 
 
 def probe_patiently(host: str, port: int, metrics_port: int, model: str = "explain", seconds: float = 5.0) -> None:
-    """Ask for answers; where there is none in time, tell a server with too much to do from one that hangs.
+    """Probe a server; if it does not answer in time, find out whether it is overloaded or hangs.
 
     Raises:
-        ProbeError: it cannot be reached, answers with an error, or one of its models does not go on.
+        ProbeError: it cannot be reached, answers with an error, or one of its models makes no progress.
     """
     started, before = time.monotonic(), _counts(host, metrics_port, model, seconds)
     try:
         probe(host, port, model, seconds)
     except (NoAnswerError, OverloadedError) as failure:
-        time.sleep(max(0.0, started + seconds - time.monotonic()))  # in which something must have gone on
+        time.sleep(max(0.0, started + seconds - time.monotonic()))  # in this time there must be progress
         after = _counts(host, metrics_port, model, seconds)
         if hanging := hanging_model(before, after, isinstance(failure, NoAnswerError)):
-            raise ProbeError(f"{failure}; {hanging} does not go on") from None
+            raise ProbeError(f"{failure}; {hanging} makes no progress") from None
         return
     if model != "explain":
         return
@@ -111,10 +111,10 @@ def probe_patiently(host: str, port: int, metrics_port: int, model: str = "expla
 
 
 def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
-    """See that `explain_stream` answers, by a request that it must refuse: its image is no image.
+    """Check that `explain_stream` answers, by a request that it must refuse because its bytes are not an image.
 
     Raises:
-        NoAnswerError: it did not answer in time.
+        NoAnswerError: there was no answer in time.
         ProbeError: it answered something else, or cannot be reached.
     """
     request = json.dumps({"IMAGE": "no image"}).encode()
@@ -128,12 +128,12 @@ Counts = dict[str, "tuple[int, int]"]
 
 
 def hanging_model(before: Counts, after: Counts, is_stuck: bool) -> str | None:
-    """The model that does not go on, by what each had done and had waiting before and after.
+    """The first model that makes no progress, from two readings of its counters; None if all do.
 
     Args:
-        before: model -> done, waiting; in the order of the chain.
+        before: model -> (requests done, requests waiting), in the order of the chain.
         after: the same, seconds later.
-        is_stuck: whether a request was sent before and has not been answered.
+        is_stuck: whether a request that was sent at ``before`` has not been answered.
     """
     for model, (done, waiting) in after.items():
         if done == before[model][0] and waiting and before[model][1]:
@@ -142,23 +142,23 @@ def hanging_model(before: Counts, after: Counts, is_stuck: bool) -> str | None:
         return None
     for model, (done, waiting) in after.items():
         if waiting:
-            return None  # it may be waiting here, where things go on
+            return None  # the request may be waiting here, at a model that makes progress
         if done == before[model][0]:
             return model
     return None
 
 
 def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
-    """For each model of a chain, how much it has done and how much waits for it."""
-    found, series = {}, read_metrics(host, port, seconds)
-    for each in CHAINS[model]:
-        done_names = GRADIENTS_DONE if each == "integrated_gradients" else DONE
-        own = [(name, value) for name, labels, value in series if f'model="{each}"' in labels or name.startswith(each)]
-        found[each] = (
-            sum(int(value) for name, value in own if name in done_names),
-            sum(int(value) for name, value in own if name in PENDING),
+    """Requests done and requests waiting, for each model of a chain."""
+    counts, series = {}, read_metrics(host, port, seconds)
+    for step in CHAINS[model]:
+        done_names = GRADIENTS_DONE if step == "integrated_gradients" else DONE
+        values = [(name, value) for name, tags, value in series if f'model="{step}"' in tags or name.startswith(step)]
+        counts[step] = (
+            sum(int(value) for name, value in values if name in done_names),
+            sum(int(value) for name, value in values if name in PENDING),
         )
-    return found
+    return counts
 
 
 Series = list["tuple[str, str, float]"]
@@ -166,14 +166,14 @@ Series = list["tuple[str, str, float]"]
 
 def total(series: Series, name: str) -> float:
     """The sum of a metric's values over all its labels."""
-    return sum(value for each, _, value in series if each == name)
+    return sum(value for metric, _, value in series if metric == name)
 
 
 def read_metrics(host: str, port: int, seconds: float = 10.0) -> Series:
-    """Name, labels as they are written, and value of each of a server's metrics that has labels.
+    """Name, labels as text, and value of each of a server's metrics that has labels.
 
     Raises:
-        ProbeError: there is no answer.
+        ProbeError: the server does not answer.
     """
     _, body = _ask(host, port, seconds, "GET", "/metrics")
     series = re.findall(r"^(\w+)\{(.*)\} (\S+)$", body.decode(), re.MULTILINE)
@@ -186,8 +186,8 @@ def _ask(
     """Status and body of an answer over HTTP.
 
     Raises:
-        NoAnswerError: there was none in time.
-        ProbeError: the server cannot be reached, or breaks off.
+        NoAnswerError: there was no answer in time.
+        ProbeError: the server cannot be reached, or closes the connection.
     """
     connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
@@ -207,10 +207,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("HTTP_PORT") or 8000))
     parser.add_argument("--metrics-port", type=int, default=int(os.environ.get("METRICS_PORT") or 8002))
-    parser.add_argument("--patient", action="store_true", help="a server that has too much to do, and does it, is well")
+    parser.add_argument("--patient", action="store_true", help="an overloaded server that makes progress is healthy")
     served = served_model(os.environ)
     parser.add_argument("--model", choices=MODELS, default=served, help=f"default, by MODELS: {served}")
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long it may take (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for an answer (default: 5)")
     arguments = parser.parse_args()
     try:
         if arguments.patient:

@@ -1,14 +1,14 @@
-"""``make quality``: how far every rule and every tolerance is from the integral, on images that nothing was fitted to.
+"""``make quality``: the error of every rule and every tolerance against the integral, on held-out images.
 
-``make quality NETWORK=lite0`` takes crops of photographs that no calibration saw; the network of drawn shapes takes its
-generator's test split. The integral is a midpoint rule of many points, added up in float64. For every image and output:
-the relative L2 error in pixel space, how many of the most salient pixels are the integral's, the rank correlation of
-the saliency, the relative completeness gap and the steps spent; then the time of each rule on a few images, and, for
-some maps that are served, deletion and insertion curves and, of shapes, how much of the heat lies on them. Writes JSON,
-Markdown tables and a plot.
+The images are not those of any calibration: for the network of drawn shapes its generator's test split, with
+``NETWORK=lite0`` crops of photographs. The integral is a midpoint rule of many points, added up in float64. For every
+image and output, it measures the relative L2 error in pixel space, the share of the most salient pixels that the
+integral has too, the rank correlation of the saliency, the relative completeness gap and the number of steps. Then it
+measures the time of each rule on a few images and, for some served maps, deletion and insertion curves and how much of
+the heat lies on a drawn shape. Writes JSON, Markdown tables and a plot.
 
-Integrals, which take hours on a CPU, and what each image gave are kept in files, so that an interrupted run goes on
-where it stopped. What was measured with other code for nodes and weights, or another calibration, is measured anew.
+Integrals, which take hours on a CPU, and results of images are kept in files, so that an interrupted run continues
+where it stopped. Results of other code for nodes and weights, or of another calibration, are not reused.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ METHODS = (
 )
 STEPS = (8, 16, 20, 32, 50, 100)
 TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01)
-# The most that a tolerance may spend here: enough never to be what ends it.
+# Limit of steps for a tolerance, so high that it is never reached.
 MOST_STEPS = 1000
-# What comes with a calibration, without which there is nothing to compare.
+# Networks that come with a calibration, which the comparison needs.
 CALIBRATED_NETWORKS = ("shapes", "lite0")
-# Points of the integral: its own error is a hundredth of Captum's with 50 steps, or less.
+# Points of the integral: its error is at most a hundredth of that of Captum's with 50 steps.
 REFERENCE_STEPS = {"shapes": 2048}
 OTHER_REFERENCE_STEPS = 4096
-# Shares of the pixels, the most salient first, that are compared.
+# Shares of most salient pixels that are compared.
 TOP_SHARES = (0.01, 0.05)
-# Views of the held-out split before this one serve in the tests.
+# The tests use earlier views of the held-out split.
 FIRST_VIEW = 100
 TIMED_IMAGES, TIMED_REPEATS = 2, 3
-# Maps whose faithfulness is measured; a random one, which knows nothing of the image, is added.
+# Maps whose faithfulness is measured; a random map is added for comparison.
 SERVED_MAPS: dict[str, dict[str, Any]] = {
     "gausslegendre 50": {"method": "gausslegendre", "n_steps": 50},
     "calibrated 20": {"method": "calibrated", "n_steps": 20},
@@ -86,7 +86,7 @@ SERVED_MAPS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What is measured: each method with each number of steps, and each tolerance with and without a calibration."""
+    """What is measured: each method with each number of steps, each tolerance with and without a calibration."""
 
     methods: Sequence[str] = METHODS
     steps: Sequence[int] = STEPS
@@ -105,7 +105,7 @@ class Rules:
 
 
 class HeldOut:
-    """Held-out images, a network's engine, and what is kept between runs."""
+    """Held-out images, a network's engine, and the files that are kept between runs."""
 
     def __init__(self, network: str, device: torch.device, reference_steps: int, folder: Path, rules: Rules) -> None:
         self.network, self.device, self.reference_steps, self.rules = network, device, reference_steps, rules
@@ -114,7 +114,7 @@ class HeldOut:
         density, manifest = self.engine.density, load_manifest(network)
         assert density is not None  # `load_engine` loads it
         self.preprocessing = Preprocessing(**manifest["preprocessing"])
-        # Integrals are the network's; errors also depend on what places nodes and weighs them.
+        # Integrals depend on the network only; errors also on the code and calibration that place and weigh nodes.
         self.folder = folder / manifest["weights_sha256"][:12]
         code = Path(path_rules.__file__).parent
         files = [
@@ -127,15 +127,15 @@ class HeldOut:
         self.results_file = self.folder / f"rules_{reference_steps}_{digest.hexdigest()[:12]}.jsonl"
 
     def images(self, count: int) -> dict[str, Tensor]:
-        """Names and what the network sees, [3, height, width]."""
+        """Images by name, normalised, float32 [3, height, width]."""
         if self.network == "shapes":
-            found = {str(index): view_pixels("test", [index])[0] for index in range(FIRST_VIEW, FIRST_VIEW + count)}
+            images = {str(index): view_pixels("test", [index])[0] for index in range(FIRST_VIEW, FIRST_VIEW + count)}
         else:
-            found = {name: view(image, self.preprocessing) for name, image in crops(HELD_OUT, count)}
-        return {name: image.to(self.device) for name, image in found.items()}
+            images = {name: view(image, self.preprocessing) for name, image in crops(HELD_OUT, count)}
+        return {name: image.to(self.device) for name, image in images.items()}
 
     def job(self, image: Tensor, output: str) -> Job:
-        """An image against the zero baseline, for its predicted class."""
+        """A job for an image's predicted class, from the zero baseline."""
         with torch.no_grad():
             logits = self.engine.network(image[None])[0]
         return Job(
@@ -148,57 +148,57 @@ class HeldOut:
         )
 
     def integral(self, name: str, job: Job) -> dict[str, Tensor]:
-        """The integral of each output along a job's path, [3, height, width]; computed where it is not kept."""
-        # Of the same name and other pixels, it is another image.
+        """The integral of each output along a job's path, [3, height, width], from its file if there is one."""
+        # An image of the same name may have other pixels.
         digest = hashlib.sha256(job.image.cpu().numpy().tobytes()).hexdigest()
         file = self.folder / f"integrals_{self.reference_steps}" / f"{name}_{digest[:8]}.npz"
         return load_or_integrate(file, self.engine, job.image, job.target, self.reference_steps)
 
     def results(self, images: dict[str, Tensor], outputs: list[str]) -> list[dict[str, Any]]:
-        """One entry for each image and output, measured where it is not known."""
+        """One entry for each image and output, from the file of an earlier run if it has it."""
         known = self.results_file.read_text().splitlines() if self.results_file.is_file() else []
         done = {(entry["image"], entry["output"]): entry for entry in map(json.loads, known)}
         wanted = [(name, output) for name in images for output in outputs]
-        for name, output in tqdm([each for each in wanted if each not in done], desc="images x outputs"):
+        for name, output in tqdm([key for key in wanted if key not in done], desc="images x outputs"):
             done[name, output] = self.measure(name, images[name], output)
             with self.results_file.open("a") as lines:
                 lines.write(json.dumps(done[name, output]) + "\n")
-        return [done[each] for each in wanted]
+        return [done[key] for key in wanted]
 
     def measure(self, name: str, image: Tensor, output: str) -> dict[str, Any]:
-        """One image: name of a rule -> error, overlap, rank correlation, gap, steps and error estimate."""
+        """Results for one image and output: name of a rule -> the values of ``compare``."""
         job = self.job(image, output)
         integral = self.integral(name, job)[output]
         calibrated = dict([*self.rules.fixed(job), *self.rules.tolerant(job)])
-        found = dict(zip(calibrated, explain(self.engine, list(calibrated.values()))))
+        explanations = dict(zip(calibrated, explain(self.engine, list(calibrated.values()))))
         uncalibrated = dict(self.rules.tolerant(job, "uncalibrated"))
-        found |= dict(zip(uncalibrated, explain(self.uncalibrated, list(uncalibrated.values()))))
-        rules = {rule: compare(explanation, integral) for rule, explanation in found.items()}
+        explanations |= dict(zip(uncalibrated, explain(self.uncalibrated, list(uncalibrated.values()))))
+        rules = {rule: compare(explanation, integral) for rule, explanation in explanations.items()}
         return {"image": name, "output": output, "rules": rules}
 
     def seconds(self, images: Sequence[Tensor]) -> dict[str, float]:
-        """Median seconds of each rule for the logit, interleaved."""
+        """Median seconds of each rule for the logit; the rules take turns."""
         taken: dict[str, list[float]] = {}
         jobs = [self.job(image, "logit") for image in images]
         for repeat in tqdm(range(-1, TIMED_REPEATS), desc="times"):
             for job in jobs:
-                rules = [(self.engine, each) for each in (*self.rules.fixed(job), *self.rules.tolerant(job))]
-                rules += [(self.uncalibrated, each) for each in self.rules.tolerant(job, "uncalibrated")]
-                for engine, (name, each) in rules:
+                rules = [(self.engine, rule) for rule in (*self.rules.fixed(job), *self.rules.tolerant(job))]
+                rules += [(self.uncalibrated, rule) for rule in self.rules.tolerant(job, "uncalibrated")]
+                for engine, (name, rule_job) in rules:
                     started = time.perf_counter()
-                    explain(engine, [each])[0].attributions.cpu()
+                    explain(engine, [rule_job])[0].attributions.cpu()
                     if repeat >= 0:
                         taken.setdefault(name, []).append(time.perf_counter() - started)
         return medians(taken)
 
     def faithfulness(self, images: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-        """For each of some maps: areas under both curves, and shares of the heat on the shapes; means over images."""
-        found: dict[str, list[dict[str, float]]] = {}
+        """For each map, means over images: areas under both curves, and on shapes the share of the heat on them."""
+        by_map: dict[str, list[dict[str, float]]] = {}
         generator = torch.Generator().manual_seed(0)
         for index, image in tqdm(images.items(), desc="faithfulness"):
             job = self.job(image, "logit")
-            explained = explain(self.engine, [replace(job, **options) for options in SERVED_MAPS.values()])
-            maps = {name: each.attributions.sum(dim=0) for name, each in zip(SERVED_MAPS, explained)}
+            explanations = explain(self.engine, [replace(job, **options) for options in SERVED_MAPS.values()])
+            maps = {name: e.attributions.sum(dim=0) for name, e in zip(SERVED_MAPS, explanations)}
             maps["random"] = torch.rand(maps["gausslegendre 50"].shape, generator=generator).to(self.device)
             for name, saliency in maps.items():
                 both = curves(self.engine.network, job.image, saliency, job.target)
@@ -206,38 +206,38 @@ class HeldOut:
                 if self.network == "shapes":
                     array, mask = saliency.cpu().numpy(), dilate(draw_view("test", int(index)).mask, DILATION)
                     values |= {"top_share_inside": share_inside(array, mask), "peak_inside": peak_inside(array, mask)}
-                found.setdefault(name, []).append(values)
+                by_map.setdefault(name, []).append(values)
         return {
-            name: {key: statistics.fmean(each[key] for each in values) for key in values[0]}
-            for name, values in found.items()
+            name: {key: statistics.fmean(image_values[key] for image_values in values) for key in values[0]}
+            for name, values in by_map.items()
         }
 
 
-def compare(found: Explanation, integral: Tensor) -> dict[str, float | None]:
-    """An explanation against the integral [3, height, width]."""
-    assert found.convergence_delta is not None  # which it is where nobody wants it
-    change = found.attributions.sum() - found.convergence_delta
-    saliency, exact = found.attributions.sum(dim=0), integral.sum(dim=0)
+def compare(explanation: Explanation, integral: Tensor) -> dict[str, float | None]:
+    """An explanation's errors against the integral [3, height, width]."""
+    assert explanation.convergence_delta is not None  # it is None only if it was not requested
+    change = explanation.attributions.sum() - explanation.convergence_delta
+    saliency, exact = explanation.attributions.sum(dim=0), integral.sum(dim=0)
     return {
-        "error": relative_distance(found.attributions, integral),
+        "error": relative_distance(explanation.attributions, integral),
         **{f"top_{share:.0%}": overlap(saliency, exact, share) for share in TOP_SHARES},
         "rank_correlation": rank_correlation(saliency, exact),
-        "gap": (found.convergence_delta / change).abs().item(),
-        "steps": found.n_steps,
-        "estimate": None if math.isnan(found.error_estimate) else found.error_estimate,  # JSON has no NaN
+        "gap": (explanation.convergence_delta / change).abs().item(),
+        "steps": explanation.n_steps,
+        "estimate": None if math.isnan(explanation.error_estimate) else explanation.error_estimate,  # JSON has no NaN
     }
 
 
-def overlap(one: Tensor, other: Tensor, share: float) -> float:
-    """Of the pixels that are among this share of the most salient in one map, how many are so in the other."""
-    count = round(share * one.numel())
-    first, second = (set(each.flatten().topk(count).indices.tolist()) for each in (one, other))
-    return len(first & second) / count
+def overlap(saliency: Tensor, exact: Tensor, share: float) -> float:
+    """The share of one map's most salient pixels that are among as many most salient pixels of the other."""
+    count = round(share * saliency.numel())
+    salient, exact_salient = (set(values.flatten().topk(count).indices.tolist()) for values in (saliency, exact))
+    return len(salient & exact_salient) / count
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's, of two maps without ties."""
-    ranks = torch.stack([each.flatten().argsort().argsort().double() for each in (one, other)])
+def rank_correlation(saliency: Tensor, exact: Tensor) -> float:
+    """Spearman's rank correlation of two maps without ties."""
+    ranks = torch.stack([values.flatten().argsort().argsort().double() for values in (saliency, exact)])
     return torch.corrcoef(ranks)[0, 1].item()
 
 
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--tolerances", nargs="+", type=float, default=list(TOLERANCES))
     parser.add_argument("--reference-steps", type=int, help="default: 2048 for shapes, 4096 for others")
-    parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where results lie and are taken up")
+    parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where results are kept between runs")
     arguments = parser.parse_args()
     if arguments.network not in CALIBRATED_NETWORKS:
         parser.error(f"{arguments.network} has no calibration here; there are {', '.join(CALIBRATED_NETWORKS)}")

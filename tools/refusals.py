@@ -1,4 +1,4 @@
-"""``make refusals``: what the server refuses and what it answers, asked of a real server and written as a table.
+"""``make refusals``: send requests that are refused to a real server and write its answers as a table.
 
 The requests are those of the tests (`tests/refusal_cases.py`).
 """
@@ -24,7 +24,7 @@ DOCUMENT = ROOT / "docs" / "refusals.md"
 
 
 def table(refusals: Sequence[tuple[Refusal, str]]) -> str:
-    """Markdown: each request and the message it was answered with."""
+    """A Markdown table of requests and the messages that they were answered with."""
     lines = [
         "# What is refused, and what the answer says",
         "",

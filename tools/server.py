@@ -2,8 +2,8 @@
 
 The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/triton/pytorch_backend` stands in
 for the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
-127.0.0.1 only; what is no inference (shared memory, models, logging, tracing) takes a key made at each start. From
-Python:
+127.0.0.1 only. Every API but inference (shared memory, models, logging, tracing) requires a key that is made at each
+start. From Python:
 
     with EmbeddedServer(ports=Ports.free()) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
@@ -41,7 +41,7 @@ class EmbeddedServer(TritonProcess):
     Args:
         repository: the model repository to serve.
         ports: where to listen on 127.0.0.1.
-        log_file: where the server's log goes.
+        log_file: file for the server's log.
         start_seconds: how long the models may take to load.
         stop_seconds: how long requests in flight may take to finish when it stops.
         options: further options of ``tritonserver``.
@@ -78,16 +78,16 @@ class EmbeddedServer(TritonProcess):
 
     @property
     def http_admin_headers(self) -> dict[str, str]:
-        """What opens the restricted APIs over HTTP."""
+        """Headers that give access to the restricted APIs over HTTP."""
         return {ADMIN_HEADER: self._admin_key}
 
     @property
     def grpc_admin_headers(self) -> dict[str, str]:
-        """What opens the restricted APIs over gRPC."""
+        """Headers that give access to the restricted APIs over gRPC."""
         return {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
 
     def start(self) -> None:
-        """Start it and wait until it is ready; it may be started again once it has been stopped.
+        """Start the server and wait until it is ready. It can be started again after it was stopped.
 
         Raises:
             ServerError: it cannot start.
@@ -120,7 +120,7 @@ class EmbeddedServer(TritonProcess):
             )
 
     def command_line(self, folder: Path) -> tuple[list[str], dict[str, str]]:
-        """The command that starts it and its environment; ``folder`` will hold its backends.
+        """The server's command line and environment. Assembles its backends in ``folder``.
 
         Raises:
             ServerError: something is missing.
@@ -154,14 +154,14 @@ class EmbeddedServer(TritonProcess):
             r"error: (?P<reason>.*)",
         ):
             if match := re.search(pattern, log):
-                found = match.groupdict()
-                what = f"model {found['model']} failed to load" if "model" in found else "the server did not start"
-                return f"{what}: {found['reason'].strip().strip(chr(34))} (log: {self.log_file})"
+                parts = match.groupdict()
+                what = f"model {parts['model']} failed to load" if "model" in parts else "the server did not start"
+                return f"{what}: {parts['reason'].strip().strip(chr(34))} (log: {self.log_file})"
         return f"the server ended with code {self.process.returncode} before it was ready; see {self.log_file}"
 
 
 def wheel_folder(package: str) -> Path:
-    """Where an installed package lies.
+    """Folder of an installed package.
 
     Raises:
         ServerError: it is not installed.
@@ -173,7 +173,7 @@ def wheel_folder(package: str) -> Path:
 
 
 def _assemble_backends(server: Path, folder: Path) -> Path:
-    """A backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
+    """Make a backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
     python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = server / "python_backend_stubs" / python_version / "triton_python_backend_stub"
     if not stub.is_file():
@@ -204,7 +204,7 @@ def main() -> None:
         "--probe-seconds",
         type=float,
         default=Watch().probe_seconds,
-        help="within which something must have gone on; more than a pass of the gradients takes (default: 4)",
+        help="time in which there must be progress; longer than one pass of the gradients (default: 4)",
     )
     arguments = parser.parse_args()
     from tools.export import ExportError, describe_served, ensure_exported  # torch takes seconds to import
@@ -231,7 +231,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _key_file(server: EmbeddedServer) -> Iterator[Path]:
-    """Leave the key of the restricted APIs where this user alone can read it, while the server runs."""
+    """Write the key of the restricted APIs to a file that only this user can read, while the server runs."""
     path = OUTPUTS / f"admin-{server.ports.grpc}.key"
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

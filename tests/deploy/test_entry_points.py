@@ -40,37 +40,37 @@ def test_the_container_starts_triton_with_the_embedded_servers_options(repositor
     words = command({"MODEL_REPOSITORY": str(repository), "ADMIN_KEY": "key", "STOP_SECONDS": "30"})
     assert words[0] == "tritonserver"
     assert set(server_options(repository, "0.0.0.0", Ports(), "key", 30)) < set(words)
-    # Without a key nobody has one.
+    # Without a configured key there is a random one.
     keys = [re.search(r"admin-key=(\S+)", " ".join(command({"MODEL_REPOSITORY": str(repository)}))) for _ in "ab"]
     assert keys[0][1] != keys[1][1]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A repository as the container's first service makes it."""
+    """A repository as the container's service `prepare` makes it."""
     repository = tmp_path_factory.mktemp("models")
-    found = run(
+    result = run(
         sys.executable,
         "-m",
         "tools.deploy.prepare",
         cwd=ROOT,
         env={**os.environ, "MODEL_REPOSITORY": str(repository), "WEIGHTS": "shapes"},
     )
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
     return repository
 
 
 def test_preparing_what_cannot_be_says_so(tmp_path):
     environment = {**os.environ, "MODEL_REPOSITORY": str(tmp_path), "WEIGHTS": "/nowhere.pt"}
-    found = run(sys.executable, "-m", "tools.deploy.prepare", cwd=ROOT, env=environment)
-    assert found.returncode == 1
-    assert "/nowhere.pt" in found.stderr
+    result = run(sys.executable, "-m", "tools.deploy.prepare", cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    assert "/nowhere.pt" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def triton_on_path(tmp_path, prepared):
-    """An environment in which ``tritonserver`` is the embedded one, as the container has its own."""
+    """An environment in which ``tritonserver`` is the embedded server's, in place of the container's."""
     ports = Ports.free()
     embedded = EmbeddedServer(prepared, ports)
     words, environment = embedded.command_line(tmp_path)
@@ -119,7 +119,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
                 time.sleep(0.3)
         with pytest.raises(ProbeError, match="explain answers 404"):
             probe("127.0.0.1", ports.http, "explain")
-        if entry == "supervise":  # which finds nothing wrong with it
+        if entry == "supervise":  # it must find the server healthy
             time.sleep(3 * Watch().probe_seconds)
             assert "restart" not in (tmp_path / "log").read_text()
     finally:

@@ -27,7 +27,7 @@ IMAGES = 4
 
 @contextlib.contextmanager
 def balancer(servers: list[EmbeddedServer], folder: Path):
-    """nginx over some servers, as `tools/deploy/nginx.conf` has it; yields host and port."""
+    """nginx before some servers, configured as in `tools/deploy/nginx.conf`; yields host and port."""
     port = Ports.free().grpc
     text = (ROOT / "tools" / "deploy" / "nginx.conf").read_text()
     for example, server in zip(("127.0.0.1:8001", "127.0.0.1:9001"), servers):
@@ -74,7 +74,7 @@ def test_a_server_that_is_killed_behind_the_balancer_costs_no_answer(repository,
             for _ in range(120):
                 assert done.acquire(timeout=60)
             before = explained(servers[0])
-            assert before > 20  # it has had its share
+            assert before > 20  # it gets its share of the requests
             os.killpg(servers[0].process.pid, signal.SIGKILL)
             servers[0].stop(0)
             servers[0].start()
@@ -85,10 +85,10 @@ def test_a_server_that_is_killed_behind_the_balancer_costs_no_answer(repository,
         shares = [explained(server) for server in servers]
 
     print(f"served {shares} since the last start, {before} before it was killed; reported {len(reported)}")
-    assert shares[0] > 20  # since it came back
-    for number, found in answers.items():
-        assert len(found) + (number in reported) == 1
-        if found:
-            assert relative_distance(found[0], expected[number % IMAGES]) <= 1e-5
-    # Every failure is one that can be repeated, and the client did.
+    assert shares[0] > 20  # requests since its restart
+    for number, attributions in answers.items():
+        assert len(attributions) + (number in reported) == 1
+        if attributions:
+            assert relative_distance(attributions[0], expected[number % IMAGES]) <= 1e-5
+    # Every failure can be retried, and the client did so.
     assert not reported

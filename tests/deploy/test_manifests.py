@@ -1,4 +1,4 @@
-"""What goes to other machines: compose, the image and Kubernetes' manifests are well formed and fit together."""
+"""Deployment files: compose, the image and Kubernetes' manifests are well formed and fit together."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from tools.paths import ROOT
 
 DEPLOY = ROOT / "tools" / "deploy"
 KUBERNETES_VERSION = "1.31"
-# Of operators that bring their own schemas.
+# Kinds of operators with their own schemas.
 CUSTOM_KINDS = {"ScaledObject", "ServingRuntime", "InferenceService"}
 
 
 def compose(*words: str, **settings: str) -> dict:
-    found = run("docker-compose", *words, "config", cwd=ROOT, env={"PATH": os.environ["PATH"], **settings})
-    assert found.returncode == 0, found.stderr
-    return yaml.safe_load(found.stdout)
+    result = run("docker-compose", *words, "config", cwd=ROOT, env={"PATH": os.environ["PATH"], **settings})
+    assert result.returncode == 0, result.stderr
+    return yaml.safe_load(result.stdout)
 
 
 @needs("docker-compose")
 def test_compose_is_valid_and_takes_its_settings():
-    found = compose(TRITON_VERSION="26.99", BIND="10.1.2.3", GRPC_PORT="9001", SHM_SIZE="5gb", WEIGHTS="imagenet")
-    triton = found["services"]["triton"]
+    config = compose(TRITON_VERSION="26.99", BIND="10.1.2.3", GRPC_PORT="9001", SHM_SIZE="5gb", WEIGHTS="imagenet")
+    triton = config["services"]["triton"]
     assert triton["image"] == "explaining-triton:26.99"
     assert triton["build"]["args"]["TRITON_VERSION"] == "26.99"
     assert "10.1.2.3:9001:8001" in map(_port, triton["ports"])
     assert str(triton["shm_size"]) == "5gb"
-    assert found["services"]["prepare"]["environment"]["WEIGHTS"] == "imagenet"
+    assert config["services"]["prepare"]["environment"]["WEIGHTS"] == "imagenet"
     (models,) = (volume for volume in triton["volumes"] if "/models" in str(volume))
     assert models.endswith(":ro")
     assert triton["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 
 def _port(port: dict | str) -> str:
-    """Address, port and the container's port, whichever way this docker-compose writes them."""
+    """Address, port and the container's port, in either format of docker-compose."""
     if isinstance(port, str):
         return port.removesuffix("/tcp")
     return f"{port['host_ip']}:{port['published']}:{port['target']}"
@@ -48,14 +48,14 @@ def _port(port: dict | str) -> str:
 
 @needs("docker-compose")
 def test_compose_gives_triton_longer_than_triton_gives_requests_and_opens_loopback_alone():
-    found = compose()
-    for name, service in found["services"].items():
+    config = compose()
+    for name, service in config["services"].items():
         for port in service.get("ports", ()):
             assert _port(port).startswith("127.0.0.1:"), name
         assert ":latest" not in service["image"]
         assert ":" in service["image"]
     for name in ("triton", "triton-cpu", "triton-mps"):
-        triton = found["services"][name] if name == "triton" else compose("--profile", name[7:])["services"][name]
+        triton = config["services"][name] if name == "triton" else compose("--profile", name[7:])["services"][name]
         assert int(triton["environment"]["STOP_SECONDS"]) < _seconds(triton["stop_grace_period"])
         assert triton["restart"] == "unless-stopped"
     assert "deploy" not in compose("--profile", "cpu")["services"]["triton-cpu"]
@@ -73,10 +73,10 @@ def test_every_setting_of_the_example_is_one_of_composes_and_the_other_way_round
 
 
 def test_the_image_is_well_formed():
-    found = run(
+    result = run(
         str(Path(sys.executable).with_name("hadolint")), "--failure-threshold", "style", str(DEPLOY / "Dockerfile")
     )
-    assert found.returncode == 0, found.stdout
+    assert result.returncode == 0, result.stdout
 
 
 def test_triton_has_one_version():
@@ -89,8 +89,8 @@ def test_triton_has_one_version():
 
 @needs("shellcheck")
 def test_shell_scripts_are_clean():
-    found = run("shellcheck", *map(str, [*DEPLOY.glob("*.sh"), ROOT / ".ci" / "run"]))
-    assert found.returncode == 0, found.stdout
+    result = run("shellcheck", *map(str, [*DEPLOY.glob("*.sh"), ROOT / ".ci" / "run"]))
+    assert result.returncode == 0, result.stdout
 
 
 def manifests() -> list[tuple[str, dict]]:
@@ -102,7 +102,7 @@ def test_kubernetes_manifests_fit_the_api():
     kinds = set()
     for _, manifest in manifests():
         kinds.add(manifest["kind"])
-        if manifest["kind"] == "ServingRuntime":  # its containers are a pod's
+        if manifest["kind"] == "ServingRuntime":  # it has a pod's containers
             spec = {name: manifest["spec"][name] for name in ("containers", "volumes")}
             manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
         if manifest["kind"] not in CUSTOM_KINDS:

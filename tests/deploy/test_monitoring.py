@@ -18,7 +18,7 @@ from tools.paths import ROOT
 from tools.server import Ports
 
 DEPLOY = ROOT / "tools" / "deploy"
-# What a machine without a GPU has nothing to show in.
+# Panels that are empty on a machine without a GPU.
 GPU_PANELS = {"GPU use", "GPU memory"}
 
 
@@ -26,8 +26,8 @@ GPU_PANELS = {"GPU use", "GPU memory"}
 def test_alerts_fire_when_they_should():
     folder = DEPLOY / "prometheus"
     for words in (("check", "config", "prometheus.yml"), ("test", "rules", "alerts_test.yml")):
-        found = run("promtool", *words, cwd=folder)
-        assert found.returncode == 0, found.stdout + found.stderr
+        result = run("promtool", *words, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @needs("promtool")
@@ -72,7 +72,7 @@ def test_prometheus_fills_every_panel_of_the_dashboard(server, triton, tmp_path)
     targets = [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(targets) > 20
 
-    def load():  # of explanations that add up, or an alert would be pending
+    def load():  # explanations with small gaps, or an alert would be pending
         infer(triton, image, n_steps=2, method="calibrated")
         infer(triton, image, outputs=("N_STEPS",), tolerance="0.2")
         infer(triton, image, outputs=("PROBABILITIES",), model="classify")
@@ -83,9 +83,9 @@ def test_prometheus_fills_every_panel_of_the_dashboard(server, triton, tmp_path)
         return [title for title, text in texts if title not in GPU_PANELS and not _is_number(query(text))]
 
     try:
-        load()  # its series are there when they are scraped first
+        load()  # creates the series before the first scrape
         wait_for(lambda: query("up == 1"))
-        # A rate takes two scrapes with a change between them.
+        # A rate needs two scrapes with a change between them.
         wait_for(lambda: load() or not empty())
         assert not query("ALERTS")
     finally:

@@ -27,7 +27,7 @@ def test_perf_script_measures_a_server(server, tmp_path, model):
         "99",
     ]
     with libraries() as environment:
-        found = run(
+        result = run(
             str(DEPLOY / "perf.sh"),
             model,
             *options,
@@ -38,11 +38,11 @@ def test_perf_script_measures_a_server(server, tmp_path, model):
                 "TRITON_URL": server.grpc_url,
             },
         )
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "Throughput" in found.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Throughput" in result.stdout
 
 
 def test_perf_script_says_what_it_lacks(tmp_path):
     assert "usage" in run(str(DEPLOY / "perf.sh")).stderr
-    found = run(str(DEPLOY / "perf.sh"), "classify", env={"PATH": os.environ["PATH"], "IMAGE": "/nowhere.jpg"})
-    assert (found.returncode, "/nowhere.jpg" in found.stderr) == (1, True)
+    result = run(str(DEPLOY / "perf.sh"), "classify", env={"PATH": os.environ["PATH"], "IMAGE": "/nowhere.jpg"})
+    assert (result.returncode, "/nowhere.jpg" in result.stderr) == (1, True)

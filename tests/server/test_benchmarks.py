@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: the peer answers what it should, and the real perf_analyzer runs against the server."""
+"""Foundations of the benchmarks: the peer answers as the server does, and perf_analyzer runs against the server."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_perf_analyzer_measures_the_models(server, tmp_path, model):
     options = ["--concurrency-range", "1", "--measurement-mode", "count_windows", "--measurement-request-count", "3"]
     options += ["--stability-percentage", "99", "--request-parameter", "n_steps:16:int"]
     assert run(model, server.grpc_url, options, tmp_path).returncode == 0
-    (found,) = read_profile(tmp_path / f"{model}.json")
-    assert found["requests"] >= 3
-    assert found["first_ms"][0] > 0
-    assert (found["first_ms"] == found["last_ms"]) == (model == "classify")
+    (load,) = read_profile(tmp_path / f"{model}.json")
+    assert load["requests"] >= 3
+    assert load["first_ms"][0] > 0
+    assert (load["first_ms"] == load["last_ms"]) == (model == "classify")
     assert (tmp_path / f"{model}.csv").read_text().startswith("Concurrency,")
 
 
@@ -46,6 +46,6 @@ def test_the_wrapper_of_perf_analyzer_takes_its_options(server):
     command = [sys.executable, "-m", "tools.bench.perf", "explain", "-u", server.grpc_url, "--concurrency-range", "1"]
     command += ["--measurement-mode", "count_windows", "--measurement-request-count", "3"]
     command += ["--stability-percentage", "99", "--request-parameter", "n_steps:4:int"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "throughput" in found.stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "throughput" in result.stdout

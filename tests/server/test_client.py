@@ -56,10 +56,10 @@ def test_explain_returns_typed_results(client, image_file):
 
 
 def test_path_and_bytes_and_target(client, image_file):
-    one = client.explain(image_file, target=3, n_steps=2)
-    other = client.explain(image_file.read_bytes(), target=3, n_steps=2)
-    assert one.explained_class == 3
-    np.testing.assert_array_equal(one.saliency, other.saliency)
+    by_path = client.explain(image_file, target=3, n_steps=2)
+    by_bytes = client.explain(image_file.read_bytes(), target=3, n_steps=2)
+    assert by_path.explained_class == 3
+    np.testing.assert_array_equal(by_path.saliency, by_bytes.saliency)
 
 
 def test_classify_gives_the_likeliest_first(client, image_file):
@@ -101,8 +101,8 @@ def test_images_come_in_many_forms(client, image_file, kind):
     if kind == "grey array":
         image = image.convert("L")
     forms = {"png bytes": encode(image), "PIL": image, "array": np.asarray(image), "grey array": np.asarray(image)}
-    found = client.classify(forms[kind])
-    assert found == client.classify(encode(image))
+    predictions = client.classify(forms[kind])
+    assert predictions == client.classify(encode(image))
 
 
 def test_arrays_of_another_kind_are_refused(client):
@@ -112,11 +112,11 @@ def test_arrays_of_another_kind_are_refused(client):
 
 
 def test_only_what_is_wanted_is_transferred(client, image_file):
-    found = client.explain(image_file, n_steps=2, want=["attributions"])
-    assert (found.saliency, found.heatmap_png) == (None, None)
-    assert found.attributions.shape == (3, 224, 224)
-    with pytest.raises(ValueError, match="not asked for"):
-        _ = found.heatmap
+    explanation = client.explain(image_file, n_steps=2, want=["attributions"])
+    assert (explanation.saliency, explanation.heatmap_png) == (None, None)
+    assert explanation.attributions.shape == (3, 224, 224)
+    with pytest.raises(ValueError, match="not requested"):
+        _ = explanation.heatmap
     with pytest.raises(ValueError, match="`want` takes saliency, attributions, heatmap, not colours"):
         client.explain(image_file, want=["colours"])
 
@@ -223,20 +223,20 @@ def test_tensors_go_through_shared_memory_or_the_connection(server, triton, imag
     with TensorClient(server.grpc_url, shared_memory=shared_memory, headers=server.grpc_admin_headers) as client:
         logits, probabilities = client.classify(pixels)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-        found = client.attribute(pixels, logits, [-1, 3], n_steps=4)
+        answer = client.attribute(pixels, logits, [-1, 3], n_steps=4)
         again = client.attribute(pixels[:1], logits[:1], tolerance=0.5)
         regions = triton.get_system_shared_memory_status(headers=server.grpc_admin_headers).regions
         assert len(regions) == (3 if shared_memory else 0)  # pixels to either model, attributions back
         with pytest.raises(RefusedError, match="TARGET"):
             client.attribute(pixels, logits, [0, 12])
     assert not triton.get_system_shared_memory_status(headers=server.grpc_admin_headers).regions
-    assert found.explained_classes.tolist() == [int(logits[0].argmax()), 3]
-    assert found.n_steps.tolist() == [4, 4]
-    assert np.isnan(found.error_estimates).all()
+    assert answer.explained_classes.tolist() == [int(logits[0].argmax()), 3]
+    assert answer.n_steps.tolist() == [4, 4]
+    assert np.isnan(answer.error_estimates).all()
     assert 0 < again.error_estimates[0] <= 0.5
     whole = infer(triton, [image_file.read_bytes()], n_steps=4)
-    assert relative_distance(found.attributions[0], whole["ATTRIBUTIONS"][0]) <= 1e-5
-    assert found.convergence_deltas[0] == pytest.approx(whole["CONVERGENCE_DELTA"][0, 0], abs=1e-4)
+    assert relative_distance(answer.attributions[0], whole["ATTRIBUTIONS"][0]) <= 1e-5
+    assert answer.convergence_deltas[0] == pytest.approx(whole["CONVERGENCE_DELTA"][0, 0], abs=1e-4)
 
 
 def test_restricted_shared_memory_without_the_key_is_an_error(server):

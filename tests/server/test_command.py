@@ -26,8 +26,8 @@ FEW_STEPS = ["--n-steps", "2"]
 
 def explain(*words: object, stdin: bytes = b"") -> subprocess.CompletedProcess:
     """Run the command; its outputs are text."""
-    found = subprocess.run([EXPLAIN, *map(str, words)], input=stdin, capture_output=True, check=False)
-    return subprocess.CompletedProcess(found.args, found.returncode, found.stdout.decode(), found.stderr.decode())
+    result = subprocess.run([EXPLAIN, *map(str, words)], input=stdin, capture_output=True, check=False)
+    return subprocess.CompletedProcess(result.args, result.returncode, result.stdout.decode(), result.stderr.decode())
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def test_json_lines_have_everything_and_the_failures(server, folder, tmp_path):
     lines = {Path(line["image"]).name: line for line in map(json.loads, result.stdout.splitlines())}
     assert set(lines) == {"one.png", "broken.png"}
     assert "IMAGE is not" in lines["broken.png"]["error"]
-    found = lines["one.png"]
-    assert found["predictions"][0]["label"] == CLASSES[draw_scene("test", 0).label]
-    assert len(found["predictions"]) == 3
-    assert found["explained_label"] == found["predictions"][0]["label"]
-    assert 0 < found["error_estimate"] <= 0.5
-    assert Path(found["heatmap"]).is_file()
+    line = lines["one.png"]
+    assert line["predictions"][0]["label"] == CLASSES[draw_scene("test", 0).label]
+    assert len(line["predictions"]) == 3
+    assert line["explained_label"] == line["predictions"][0]["label"]
+    assert 0 < line["error_estimate"] <= 0.5
+    assert Path(line["heatmap"]).is_file()
 
 
 @pytest.mark.parametrize("as_json", [False, True])

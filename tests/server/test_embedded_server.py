@@ -1,4 +1,4 @@
-"""The launcher of the embedded server. These start servers of their own, mostly on a repository of one small model."""
+"""The launcher of the embedded server. These tests start their own servers, mostly with one small model."""
 
 import os
 import shutil
@@ -26,8 +26,8 @@ def small_repository(tmp_path):
 
 def running_with(text: str) -> list[str]:
     """Command lines of the processes that mention ``text``, other than pgrep itself."""
-    found = subprocess.run(["pgrep", "-af", text], capture_output=True, text=True, check=False).stdout
-    return [line for line in found.splitlines() if "pgrep" not in line]
+    listed = subprocess.run(["pgrep", "-af", text], capture_output=True, text=True, check=False).stdout
+    return [line for line in listed.splitlines() if "pgrep" not in line]
 
 
 def test_nothing_is_left_when_it_stops(small_repository, tmp_path):

@@ -1,4 +1,4 @@
-"""Faults, provoked on a live server: what was under way ends, and the next good request is answered soon."""
+"""Faults provoked on a live server: requests under way end, and the next good request is answered soon."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tools.triton.supervisor import Watch, supervise
 
 STUBBED = ("preprocess", "classifier", "integrated_gradients", "heatmap", "explain_stream")
 LIBFAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
-# How soon the next good request must be answered.
+# Time for the next good request to be answered.
 RECOVERY_SECONDS = 30
 
 
@@ -47,7 +47,7 @@ def image() -> bytes:
 
 
 def stub(server_process: int, model: str) -> int:
-    """The process of a model."""
+    """Process number of a model's stub."""
     for process in session(server_process):
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
@@ -57,7 +57,7 @@ def stub(server_process: int, model: str) -> int:
 
 
 def triton_process(parent: int) -> int:
-    """The tritonserver that a process has started."""
+    """Process number of the tritonserver that a process has started."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
@@ -92,16 +92,16 @@ def supervised(repository, tmp_path_factory):
         process.wait(60)
 
 
-def notices(said: Callable[[], object], since: float) -> float:
-    """Seconds since then until a supervisor has said something, which it does when it has stopped the server."""
-    while not said():
-        assert time.monotonic() < since + RECOVERY_SECONDS, "nobody noticed"
+def seconds_until(is_reported: Callable[[], object], since: float) -> float:
+    """Seconds from ``since`` until a supervisor reports a restart, which it does after it has stopped the server."""
+    while not is_reported():
+        assert time.monotonic() < since + RECOVERY_SECONDS, "the supervisor has not reported a restart"
         time.sleep(0.1)
     return time.monotonic() - since
 
 
 def recovers(url: str, image: bytes, stream: bool = False, since: float | None = None) -> float:
-    """Seconds, from now or since then, until a good request is answered: fewer than it may take."""
+    """Seconds from ``since``, or now, until a good request is answered; fails after ``RECOVERY_SECONDS``."""
     started = time.monotonic() if since is None else since
     while True:
         try:
@@ -130,18 +130,18 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nobody_waits_for_ever(supe
     logged = len(log.read_text())
 
     def ask() -> None:
-        # Far longer than it may take: what ends it is the server, or the supervisor.
+        # A long timeout, so that the server or the supervisor ends the request.
         with ExplainClient(url, timeout=120, retries=0) as client, contextlib.suppress(ExplainError):
             client.explain(image, n_steps=100)
         ended.put(time.monotonic())
 
-    time.sleep(3 * Watch().interval)  # for the supervisor to see that it is well again after the fault before
+    time.sleep(3 * Watch().interval)  # for the supervisor to see that the server has recovered from the fault before
     thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(1)
     killed = time.monotonic()
     os.kill(victim, number)
-    noticed = notices(lambda: "restart " in log.read_text()[logged:], since=killed)
+    noticed = seconds_until(lambda: "restart " in log.read_text()[logged:], since=killed)
     seconds = recovers(url, image, stream=True, since=killed)
     under_way = ended.get(timeout=1) - killed
     print(f"{model} {number.name}: noticed after {noticed:.1f} s, good again after {seconds:.1f} s", end=", ")
@@ -179,7 +179,7 @@ def test_it_gives_up_after_a_bound(repository, tmp_path):
 
 @contextlib.contextmanager
 def supervised_with(tmp_path: Path, fault: str) -> Iterator[tuple[EmbeddedServer, list[str], Path]]:
-    """A supervised server whose passes of gradients have a fault while there is a file: it, what was said, the file."""
+    """A supervised server whose passes have a fault while a file exists: the server, the reports, the file."""
     repository = with_settings(tmp_path, "integrated_gradients")
     there, file = tmp_path / "fault", repository / "integrated_gradients" / "1" / "classifier_network.py"
     before = "        return self._network.row_gradients(rows[:count], any_paired)\n"
@@ -204,7 +204,7 @@ def supervised_with(tmp_path: Path, fault: str) -> Iterator[tuple[EmbeddedServer
             yield server, said, there
         finally:
             there.unlink(missing_ok=True)
-            server.process.kill()  # once more than it may be restarted
+            server.process.kill()  # exceeds the limit of restarts, which ends the thread
             thread.join(60)
 
 
@@ -221,7 +221,7 @@ def test_a_device_that_has_failed_ends_its_process_which_is_started_anew(tmp_pat
         assert failure.value.status == "INTERNAL"
         there.unlink()
         failed = time.monotonic()
-        notices(lambda: said, since=failed)
+        seconds_until(lambda: said, since=failed)
         seconds = recovers(server.grpc_url, image, since=failed)
         print(f"good again {seconds:.1f} s after the failure: {said}")
     assert "its device has failed" in (tmp_path / "log").read_text()
@@ -237,11 +237,11 @@ def test_gradients_that_hang_in_a_process_that_answers_are_noticed(tmp_path, ima
             pytest.raises(ExplainError),
         ):
             client.explain(image, n_steps=20)
-        notices(lambda: said, since=hung)
+        seconds_until(lambda: said, since=hung)
         there.unlink()
         seconds = recovers(server.grpc_url, image, since=hung)
         print(f"good again {seconds:.1f} s after the beginning: {said}")
-        assert "integrated_gradients does not go on" in said[0]
+        assert "integrated_gradients makes no progress" in said[0]
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_sigterm_with_sixteen_requests_under_way_answers_or_fails_each_in_time(r
     assert seconds < 10 + 3 + 2
     assert len(outcomes) == 17
     assert "answered" in outcomes
-    # Triton 2.51 starts no further step of an ensemble then, so what has its gradients late gets no heatmap.
+    # After SIGTERM Triton 2.51 starts no further step of an ensemble, so late gradients get no heatmap.
     assert set(outcomes) == {"answered", "UNAVAILABLE"}
 
 
@@ -289,7 +289,7 @@ def test_a_model_file_that_cannot_serve_is_named_when_the_server_starts(reposito
         file.write_bytes(file.read_bytes()[:100_000])
     elif fault == "no TorchScript":
         torch.save({"weight": torch.zeros(3)}, file)
-    elif fault == "of another version":  # than the gradients are of
+    elif fault == "of another version":  # than the gradients'
         file.parent.rename(file.parent.with_name("2"))
     else:
         module = torch.jit.load(str(file))
@@ -309,8 +309,8 @@ def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(rep
     shutil.copytree(repository, models)
     (models / "classifier" / "1" / FILE_NAME).write_bytes(content)
     with (
-        EmbeddedServer(models, Ports.free(), log_file=tmp_path / "log") as own,
-        ExplainClient(own.grpc_url) as client,
+        EmbeddedServer(models, Ports.free(), log_file=tmp_path / "log") as server,
+        ExplainClient(server.grpc_url) as client,
     ):
         with pytest.raises(RefusedError, match=r"python -m tools\.calibrate"):
             client.explain(image, method="calibrated", n_steps=4)
@@ -323,7 +323,7 @@ def test_a_broken_calibration_is_refused_where_it_is_needed_and_nowhere_else(rep
 @pytest.mark.skipif(not LIBFAKETIME, reason="needs libfaketime")
 @pytest.mark.parametrize("jump", ["+2h", "-2h"])
 def test_a_clock_that_jumps_ends_nothing_early_or_never(repository, tmp_path, image, jump):
-    """Deadlines, timeouts and waits of what is under way, and of what comes after it."""
+    """Deadlines, timeouts and waits of requests under way and of later ones."""
     now = tmp_path / "now"
     now.write_text("+0")
     fake = {"LD_PRELOAD": LIBFAKETIME, "FAKETIME_TIMESTAMP_FILE": str(now), "FAKETIME_NO_CACHE": "1"}
@@ -337,8 +337,8 @@ def test_a_clock_that_jumps_ends_nothing_early_or_never(repository, tmp_path, im
     with FakeTime(repository, Ports.free(), log_file=tmp_path / "log") as server:
         with ExplainClient(server.grpc_url, timeout=30, retries=0) as client, ThreadPoolExecutor(3) as pool:
             client.explain(image, n_steps=1)
-            wishes = {"n_steps": 60}, {"deadline_ms": 1500, "n_steps": 1000}, {"n_steps": 40}
-            calls = [pool.submit(client.explain, image, **wish) for wish in wishes]
+            options = {"n_steps": 60}, {"deadline_ms": 1500, "n_steps": 1000}, {"n_steps": 40}
+            calls = [pool.submit(client.explain, image, **kind) for kind in options]
             time.sleep(0.7)
             now.write_text(jump)
             full, timely, other = (call.result() for call in calls)
@@ -397,8 +397,8 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
             sockets.append(socket.create_connection(("127.0.0.1", port), timeout=10))
             sockets[-1].sendall(beginning if number % 2 else b"")
     infer(triton, [image], n_steps=1)  # beside them
-    for each in sockets:
-        each.close()
+    for connection in sockets:
+        connection.close()
     leaver = ExplainClient(server.grpc_url)
     for _ in leaver.explain_stream(image, n_steps=50):
         break
@@ -432,35 +432,35 @@ def test_a_full_disk_ends_the_command_with_a_sentence(server, tmp_path, image):
         pytest.skip("mounts cannot be made here")
     try:
         command = [str(Path(sys.executable).with_name("explain")), str(picture), "--n-steps", "1"]
-        found = subprocess.run(
+        result = subprocess.run(
             [*command, "--url", server.grpc_url, "--out", str(folder)], capture_output=True, text=True, check=False
         )
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-    assert found.returncode != 0
-    assert "No space left on device" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode != 0
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
 def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_well(tmp_path, served_module):
     repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5)
     with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
-        found = measure(server, (10,), 30)
-    (row,) = found["rows"]
+        measured = measure(server, (10,), 30)
+    (row,) = measured["rows"]
     assert row["classify_failures"] == 0
     assert row["refused_seconds"]["count"] > 0
     assert row["accepted_seconds"]["count"] + row["refused_seconds"]["count"] == row["offered"]
-    refusal = "UNAVAILABLE in ensemble 'explain', integrated_gradients is overloaded: "
+    refusal = "UNAVAILABLE in ensemble 'explain', [overloaded] "
     assert all(message.startswith(refusal) for message in row["errors"])
     assert np.isfinite(row["computing_p99_at_most"])
-    # The wait that it is judged by, its own computing, and what comes before and after the gradients.
+    # The longest wait, its computing time, and a second for the steps before and after the gradients.
     assert row["accepted_seconds"]["p99"] < 5 + row["computing_p99_at_most"] + 1
 
 
 def test_two_minutes_of_everything_leave_nothing_wrong(repository, tmp_path):
     with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
-        found = soak(server, 120)
-    assert found["wrong"] == []
-    assert found["accounted"]
-    assert found["requests"] > 100
+        report = soak(server, 120)
+    assert report["wrong"] == []
+    assert report["accounted"]
+    assert report["requests"] > 100

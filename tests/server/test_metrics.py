@@ -1,4 +1,4 @@
-"""What the live server tells Prometheus of the gradients."""
+"""The live server's Prometheus metrics of the gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tritonclient.utils import InferenceServerException
 
 def test_the_live_server_counts_requests_by_outcome_and_images_by_method(server, triton):
     def read() -> dict[str, float]:
-        rows_passed(server)  # waits until the server has been told
+        rows_passed(server)  # waits until the metrics have been flushed
         text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
-        found = re.findall(r"^(integrated_gradients_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+        series = re.findall(r"^(integrated_gradients_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
         return {
             f"{name} {' '.join(re.findall(r'(?:le|method|outcome)=.[^,]*', labels))}": float(value)
-            for name, labels, value in found
+            for name, labels, value in series
         }
 
     before = read()

@@ -16,7 +16,7 @@ from tools.triton.process import SHARED_MEMORY
 
 def stubs_of(server) -> dict[int, str]:
     """Process id -> model of each Python process of the server."""
-    found = {}
+    models = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
@@ -24,8 +24,8 @@ def stubs_of(server) -> dict[int, str]:
         except (OSError, ValueError):
             continue  # it ended meanwhile
         if parent == server.process.pid and b"stub" in command[0]:
-            found[int(process.name)] = command[1].decode()
-    return found
+            models[int(process.name)] = command[1].decode()
+    return models
 
 
 def shared_memory_bytes(server) -> int:
@@ -48,14 +48,14 @@ def test_mutated_images_leave_the_live_server_as_it_was(server, triton):
 
     expected = classify(whole)
     with ThreadPoolExecutor(8) as pool:
-        classify(whole * 8)  # more at once than eight clients ask: buffers of that size are there from now on
+        classify(whole * 8)  # more images at once than the eight clients send, so that buffers have their final size
         list(pool.map(ask, range(-200, 0)))
         stubs, shared = stubs_of(server), shared_memory_bytes(server)
-        said = list(pool.map(ask, range(2000)))
-    answered = said.count("answered")
-    refusals = [each for each in said if each != "answered"]
-    assert all(each.startswith("StatusCode.INVALID_ARGUMENT") and "IMAGE" in each for each in refusals)
-    assert min(answered, len(refusals)) > 200  # the corpus is neither all sound nor all broken
+        outcomes = list(pool.map(ask, range(2000)))
+    answered = outcomes.count("answered")
+    refusals = [outcome for outcome in outcomes if outcome != "answered"]
+    assert all(outcome.startswith("StatusCode.INVALID_ARGUMENT") and "IMAGE" in outcome for outcome in refusals)
+    assert min(answered, len(refusals)) > 200  # the corpus has both intact and broken files
     assert stubs
     assert stubs_of(server) == stubs
     assert shared_memory_bytes(server) <= shared

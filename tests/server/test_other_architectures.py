@@ -36,16 +36,16 @@ def test_repository_serves_another_architecture(tmp_path, architecture):
         EmbeddedServer(models, Ports.free(), tmp_path / "log") as server,
         tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton,
     ):
-        found = infer(triton, [encode(scene_image(0))], [3], n_steps=4, baseline=baseline)
+        answer = infer(triton, [encode(scene_image(0))], [3], n_steps=4, baseline=baseline)
 
     image = scene_pixels(0)[None]
     start = Baselines(list(MEAN), list(STD)).make(baseline, image[0])[None]
     with torch.no_grad():
         probabilities = model(image).softmax(dim=1)
-    torch.testing.assert_close(torch.tensor(found["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(answer["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
     expected = captum.attr.IntegratedGradients(model).attribute(image, start, target=3, n_steps=4).detach()
     # Float32 is about 1e-3 from float64 at four nodes: one flipped activation is that much.
-    assert relative_distance(found["ATTRIBUTIONS"], expected) <= 5e-3
-    assert found["EXPLAINED_CLASS"].tolist() == [[3]]
-    assert found["N_STEPS"].tolist() == [[4]]
-    assert not (found["HEATMAP"][0] == b"").any()
+    assert relative_distance(answer["ATTRIBUTIONS"], expected) <= 5e-3
+    assert answer["EXPLAINED_CLASS"].tolist() == [[3]]
+    assert answer["N_STEPS"].tolist() == [[4]]
+    assert not (answer["HEATMAP"][0] == b"").any()

@@ -15,8 +15,8 @@ def test_the_probe_asks_all_models(server):
 
 
 @pytest.mark.parametrize("ended", [(3.0, 3.0), (3.0, 4.0)], ids=["none ends", "one ends"])
-def test_streams_that_are_late_are_told_from_streams_that_hang(server, monkeypatch, ended):
-    """The server is the real one; only its streams are late."""
+def test_late_streams_are_distinguished_from_streams_that_hang(server, monkeypatch, ended):
+    """A real server; only its streams are made late."""
 
     def late(host, port, seconds):
         raise NoAnswerError("explain_stream did not answer")

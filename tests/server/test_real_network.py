@@ -1,4 +1,4 @@
-"""The serving contract with EfficientNet-Lite0 and photographs: what holds for shapes holds for a real network."""
+"""The serving contract with EfficientNet-Lite0 and photographs: the same holds as for shapes."""
 
 import io
 
@@ -47,7 +47,7 @@ def lite0_triton(lite0_server):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Encoded and as the network sees them, float32 [3, 224, 224]."""
+    """Encoded photographs, and the network's inputs, float32 [3, 224, 224]."""
     images = [Image.open(each.file).convert("RGB") for each in (CHELSEA, COFFEE, CHINA)]
     return [(encode(image), TRANSFORM(image)) for image in images]
 
@@ -116,11 +116,11 @@ def test_mean_gradients_are_complete_and_a_batch_changes_nothing(engine, photogr
         Job(pixels[2], torch.zeros_like(pixels[2]), 698, 7, contrast=3),
     ]
     together = engine.explain(jobs)
-    for job, found in zip(jobs, together):
+    for job, explanation in zip(jobs, together):
         (alone,) = engine.explain([job])
-        assert relative_distance(found.attributions, alone.attributions) <= 1e-5
-    for found in together[:2]:
-        assert abs(found.convergence_delta) <= 1e-4 * max(1, found.attributions.sum().abs())
+        assert relative_distance(explanation.attributions, alone.attributions) <= 1e-5
+    for explanation in together[:2]:
+        assert abs(explanation.convergence_delta) <= 1e-4 * max(1, explanation.attributions.sum().abs())
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -128,12 +128,12 @@ def test_a_tolerance_is_kept_with_and_without_a_calibration(engine, photographs,
     pixels = photographs[1][1]
     judged = engine if calibrated else AttributionEngine(engine.network, max_rows=engine.max_rows)
     job = Job(pixels, torch.zeros_like(pixels), 967, 300, tolerance=0.1)
-    exact = Job(pixels, torch.zeros_like(pixels), 967, 160, "calibrated")  # off by less than 0.01
-    (found,), (integral,) = judged.explain([job]), engine.explain([exact])
-    error = relative_distance(found.attributions, integral.attributions)
+    exact = Job(pixels, torch.zeros_like(pixels), 967, 160, "calibrated")  # its error is below 0.01
+    (explanation,), (integral,) = judged.explain([job]), engine.explain([exact])
+    error = relative_distance(explanation.attributions, integral.attributions)
     assert error <= 0.1
-    assert 0.4 * error <= found.error_estimate <= 0.1
-    assert found.n_steps <= (60 if calibrated else 150)
+    assert 0.4 * error <= explanation.error_estimate <= 0.1
+    assert explanation.n_steps <= (60 if calibrated else 150)
 
 
 def test_stream_sharpens_to_what_explain_answers(lite0_server, lite0_triton, photographs):

@@ -1,4 +1,4 @@
-"""Every request that must be refused, on the live server, and what becomes of its neighbours."""
+"""Requests that must be refused, on the live server, and the answers to their neighbours in a batch."""
 
 from __future__ import annotations
 
@@ -97,25 +97,25 @@ def ask_stream(server) -> Callable:
 
 
 def block_gradients(triton, images) -> None:
-    """Keep the gradients busy for four seconds, however fast the machine is: others gather in their queue meanwhile."""
+    """Keep the gradients busy for four seconds on any machine, so that other requests gather in the queue."""
     with pytest.raises(InferenceServerException, match="timeout"):
         infer(triton, images[:1], n_steps=1000, nt_samples=5, outputs=("N_STEPS",), timeout_seconds=4)
 
 
-# A stream's errors are messages without a status (with the header that asks for one, Triton 2.51 crashes now and then);
-# this is what the client makes of them.
+# A stream's errors are messages without a status (with the header that requests one, Triton 2.51 sometimes crashes);
+# the client's exceptions have it.
 INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": "INVALID_ARGUMENT"}
-ROADS = {"gRPC": ask_grpc, "HTTP": ask_http, "stream": ask_stream}
+TRANSPORTS = {"gRPC": ask_grpc, "HTTP": ask_http, "stream": ask_stream}
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_three_bad_requests_in_a_batch_of_eight_leave_five_alone(server, triton, images, road):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_three_bad_requests_in_a_batch_of_eight_leave_five_alone(server, triton, images, transport):
     """The bad ones reach the gradients' own batch: preprocessing finds nothing wrong with their images."""
     bad = {1: (2, {"n_steps": 5000}), 4: (40, {}), 6: (2, {"baseline": "?"})}
     names = {1: "'n_steps'", 4: "TARGET", 6: "'baseline'"}
-    if road == "stream":  # which knows the classes itself
+    if transport == "stream":  # the stream's model checks TARGET itself
         bad[4], names[4] = (2, {"seed": -1}), "'seed'"
-    ask = ROADS[road](server)
+    ask = TRANSPORTS[transport](server)
 
     def ask_number(number: int) -> np.ndarray | str:
         target, parameters = bad.get(number, (2, {}))
@@ -126,12 +126,12 @@ def test_three_bad_requests_in_a_batch_of_eight_leave_five_alone(server, triton,
     with ThreadPoolExecutor(9) as pool:
         blocker = pool.submit(block_gradients, triton, images)
         time.sleep(1)
-        found = list(pool.map(ask_number, range(8)))
+        answers = list(pool.map(ask_number, range(8)))
         blocker.result()
     wait_for_batches(triton, "integrated_gradients", 8, before + 1)
-    for number, answer in enumerate(found):
+    for number, answer in enumerate(answers):
         if number in bad:
-            assert INVALID[road] in answer
+            assert INVALID[transport] in answer
             assert names[number] in answer
         else:
             assert relative_distance(answer, alone[number]) <= 1e-5
@@ -153,10 +153,10 @@ def test_three_bad_images_in_a_batch_of_eight_leave_five_alone(triton, images):
     with ThreadPoolExecutor(9) as pool:
         blocker = pool.submit(infer, triton, [large] * 2, model="classify", outputs=("PROBABILITIES",))
         time.sleep(0.5)
-        found = list(pool.map(ask, range(8)))
+        answers = list(pool.map(ask, range(8)))
         blocker.result()
     wait_for_batches(triton, "preprocess", 8, before + 1)
-    for number, answer in enumerate(found):
+    for number, answer in enumerate(answers):
         if number in bad:
             assert answer.status() == INVALID_ARGUMENT
             assert "IMAGE" in answer.message()
@@ -164,17 +164,17 @@ def test_three_bad_images_in_a_batch_of_eight_leave_five_alone(triton, images):
             np.testing.assert_allclose(answer, alone[number], atol=1e-5)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_bad_image_harms_no_other_on_any_road(server, triton, images, road):
-    ask = ROADS[road](server)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_bad_image_harms_no_other_on_any_transport(server, triton, images, transport):
+    ask = TRANSPORTS[transport](server)
     with ThreadPoolExecutor(8) as pool:
         files = [b"text", images[0], b"", images[1], images[2], images[3][:500], images[4], images[5]]
-        found = list(pool.map(lambda file: ask(file, 2, {"n_steps": 2}), files))
-    for file, answer in zip(files, found):
+        answers = list(pool.map(lambda file: ask(file, 2, {"n_steps": 2}), files))
+    for file, answer in zip(files, answers):
         if file in images:
             assert answer.shape == (1, 3, 224, 224)
         else:
-            assert INVALID[road] in answer
+            assert INVALID[transport] in answer
             assert "IMAGE" in answer
 
 
@@ -199,7 +199,7 @@ def test_a_timeout_ends_the_work_for_a_request(server, triton, images):
     with pytest.raises(InferenceServerException, match="timeout of 1 s is over") as refusal:
         infer(triton, images[:1], n_steps=1000, timeout_seconds=1)
     assert refusal.value.status() == "StatusCode.UNAVAILABLE"
-    # 1,000 rows take half a minute on 2 cores; a chunk's worth is what may come late.
+    # 1,000 rows take half a minute on 2 cores; the answer may be late by one chunk.
     assert time.monotonic() - started < 5
     infer(triton, images[:1], n_steps=4)
     assert rows_passed(server) - before < 500
@@ -216,7 +216,7 @@ def test_a_timeout_ends_a_stream(server, images):
 @pytest.mark.parametrize(
     "call", ["get_system_shared_memory_status", "get_model_repository_index", "get_log_settings", "get_trace_settings"]
 )
-def test_what_is_no_inference_takes_the_key(server, call):
+def test_every_api_but_inference_requires_the_key(server, call):
     for module, url, headers in (
         (tritonclient.grpc, server.grpc_url, server.grpc_admin_headers),
         (tritonclient.http, server.http_url, server.http_admin_headers),

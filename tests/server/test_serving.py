@@ -81,13 +81,13 @@ def test_tolerance_spends_what_it_takes_and_says_so(triton):
 
 def test_calibrated_steps_come_close_with_few_and_leave_no_gap(triton):
     image = [encode(scene_image(0))]
-    found = infer(triton, image, n_steps=20, method="calibrated")
+    calibrated = infer(triton, image, n_steps=20, method="calibrated")
     captums = infer(triton, image, n_steps=50)
     integral = infer(triton, image, n_steps=256, method="riemann_middle")
-    errors = [relative_distance(each["ATTRIBUTIONS"], integral["ATTRIBUTIONS"]) for each in (found, captums)]
+    errors = [relative_distance(answer["ATTRIBUTIONS"], integral["ATTRIBUTIONS"]) for answer in (calibrated, captums)]
     assert errors[0] < errors[1]
-    assert abs(found["CONVERGENCE_DELTA"][0, 0]) < 1e-3
-    assert found["N_STEPS"][0, 0] == 20
+    assert abs(calibrated["CONVERGENCE_DELTA"][0, 0]) < 1e-3
+    assert calibrated["N_STEPS"][0, 0] == 20
 
 
 def test_deadline_is_kept_and_more_time_means_more_steps(triton):
@@ -180,12 +180,12 @@ def test_eight_unlike_requests_meet_in_one_batch_and_keep_their_answers(triton, 
         together = list(pool.map(ask, range(8)))
         blocker.result()
     wait_for_batches(triton, "integrated_gradients", 8, before + 1)
-    for one, other in zip(alone, together):
-        assert relative_distance(other["ATTRIBUTIONS"], one["ATTRIBUTIONS"]) <= 1e-5
-        assert other["EXPLAINED_CLASS"] == one["EXPLAINED_CLASS"]
-        assert other["N_STEPS"] == one["N_STEPS"]
-        np.testing.assert_allclose(other["CONVERGENCE_DELTA"], one["CONVERGENCE_DELTA"], atol=1e-4)
-        np.testing.assert_allclose(other["PROBABILITIES"], one["PROBABILITIES"], atol=1e-5)
+    for single, batched in zip(alone, together):
+        assert relative_distance(batched["ATTRIBUTIONS"], single["ATTRIBUTIONS"]) <= 1e-5
+        assert batched["EXPLAINED_CLASS"] == single["EXPLAINED_CLASS"]
+        assert batched["N_STEPS"] == single["N_STEPS"]
+        np.testing.assert_allclose(batched["CONVERGENCE_DELTA"], single["CONVERGENCE_DELTA"], atol=1e-4)
+        np.testing.assert_allclose(batched["PROBABILITIES"], single["PROBABILITIES"], atol=1e-5)
 
 
 def test_batch_of_four_images_with_four_targets(triton, images):
@@ -265,11 +265,11 @@ def test_tensor_clients_call_integrated_gradients_itself(triton, images, eager_m
 
 
 def test_contrast_explains_the_difference(triton, images):
-    one, other, both = (
-        infer(triton, images[:1], [target], n_steps=4, outputs=("ATTRIBUTIONS",), **parameters)["ATTRIBUTIONS"]
-        for target, parameters in ((3, {}), (5, {}), (3, {"contrast": 5}))
+    target, contrast, difference = (
+        infer(triton, images[:1], [index], n_steps=4, outputs=("ATTRIBUTIONS",), **parameters)["ATTRIBUTIONS"]
+        for index, parameters in ((3, {}), (5, {}), (3, {"contrast": 5}))
     )
-    assert relative_distance(both, one - other) <= 1e-5
+    assert relative_distance(difference, target - contrast) <= 1e-5
 
 
 def test_noise_is_seeded(triton, images):
@@ -297,5 +297,5 @@ def test_cancelled_request_stops_costing_rows(triton, images, eager_model):
     assert done.wait(5)
     started = time.monotonic()
     infer(triton, images[:1], n_steps=1)
-    # 1,000 rows take half a minute on 2 cores; what is left of them must not be waited for.
+    # 1,000 rows take half a minute on 2 cores; the next request must not wait for the rest of them.
     assert time.monotonic() - started < 8

@@ -21,7 +21,7 @@ def image() -> bytes:
 def test_prediction_comes_first_then_ever_better_attributions(server, triton, image):
     before = rows_passed(server)
     heard = Stream(server, [image]).hear()
-    # A part takes no more rows than its nodes, so the whole costs what one explanation costs.
+    # A part takes as many rows as it has nodes, so a stream takes as many as one explanation.
     assert rows_passed(server) - before == 50
     assert heard.error is None
     assert heard.finals == [False, False, False, True]
@@ -65,10 +65,10 @@ def test_last_response_is_the_answer_of_explain(server, triton, image, parameter
 
 
 def test_deadline_of_a_stream_counts_from_its_arrival(server, triton, image):
-    infer(triton, [image], deadline_ms=300)  # passes of these sizes are known from now on
+    infer(triton, [image], deadline_ms=300)  # records the time of such passes
     started = time.monotonic()
     heard = Stream(server, [image], n_steps=1000, deadline_ms=500).hear()
-    # What passes take beyond the deadline is left to a busy machine.
+    # On a busy machine the last pass may be long after the deadline.
     assert time.monotonic() - started < 2.5
     assert heard.error is None
     assert 0 < heard.responses[-1]["ERROR_ESTIMATE"][0, 0] < 2
@@ -83,7 +83,7 @@ def test_images_of_one_stream_keep_their_own_answers(server, triton):
         assert heard.responses[0]["EXPLAINED_CLASS"][index] == alone["EXPLAINED_CLASS"][0]
 
 
-def test_only_wanted_outputs_come_and_are_worked_for(server, image):
+def test_only_requested_outputs_are_computed_and_sent(server, image):
     before = rows_passed(server)
     heard = Stream(server, [image], outputs=["PROBABILITIES"]).hear()
     assert [set(response) for response in heard.responses] == [{"PROBABILITIES"}]
@@ -130,7 +130,7 @@ def test_cancelled_stream_stops_costing_rows(server, image):
     spent = rows_passed(server) - before
     time.sleep(2)
     assert rows_passed(server) - before == spent
-    # The level under way when it was cancelled, in requests of at most 32 rows.
+    # The request under way at the cancellation and the next: at most 32 rows each.
     assert spent <= 64
 
 

@@ -54,16 +54,17 @@ def test_engine_is_as_close_to_float64_as_captum_is(
         eager_model_float64, image.double(), start.double(), probability=probability, **options
     )
     captum_float32, captum_delta = captum_attribution(eager_model, image, start, probability=probability, **options)
-    (found,) = AttributionEngine(served_module).explain([Job(image, start, probability=probability, **options)])
+    (explanation,) = AttributionEngine(served_module).explain([Job(image, start, probability=probability, **options)])
 
-    own, captums = relative_distance(found.attributions, reference), relative_distance(captum_float32, reference)
-    print(f"relative distance to float64: engine {own:.1e}, Captum in float32 {captums:.1e}")
-    assert own <= 2 * captums
+    distance = relative_distance(explanation.attributions, reference)
+    captum_distance = relative_distance(captum_float32, reference)
+    print(f"relative distance to float64: engine {distance:.1e}, Captum in float32 {captum_distance:.1e}")
+    assert distance <= 2 * captum_distance
     # Rounding in float32 can flip a ReLU at a node, which moves the gradient there, and the delta by some 1e-4 of the
     # change of the output; Captum's own delta is off by as much.
-    tolerance = max(1e-4, 2 * captums * abs(reference.sum().item()), 2 * abs(captum_delta - reference_delta))
-    assert found.convergence_delta.item() == pytest.approx(reference_delta, abs=tolerance)
-    assert found.n_steps == 16
+    tolerance = max(1e-4, 2 * captum_distance * abs(reference.sum().item()), 2 * abs(captum_delta - reference_delta))
+    assert explanation.convergence_delta.item() == pytest.approx(reference_delta, abs=tolerance)
+    assert explanation.n_steps == 16
 
 
 def unlike_jobs() -> list[Job]:
@@ -91,15 +92,15 @@ def test_unlike_jobs_together_equal_each_alone(served_module):
     jobs = unlike_jobs()
     for job, together in zip(jobs, engine.explain(jobs)):
         (alone,) = engine.explain([job])
-        # Other chunk sizes take other routes through the convolutions: rounding, not mathematics.
+        # Other chunk sizes use other convolution kernels, which round differently.
         assert relative_distance(together.attributions, alone.attributions) <= 1e-5
         assert together.convergence_delta.item() == pytest.approx(alone.convergence_delta.item(), abs=1e-4)
         assert together.n_steps == alone.n_steps == job.n_steps
 
 
 @pytest.mark.slow
-def test_roads_with_and_without_hoisting_agree(served_module):
-    # In float64: in float32 a flipped activation, which either road may have, would hide what is compared.
+def test_passes_with_and_without_hoisting_agree(served_module):
+    # In float64: in float32 a flipped activation, which either of them may have, would hide what is compared.
     jobs = [replace(job, image=job.image.double(), baseline=job.baseline.double()) for job in unlike_jobs()]
     hoisting, general = Network(copy.deepcopy(served_module).double()), Network(copy.deepcopy(served_module).double())
     general.hoists = False
@@ -169,22 +170,23 @@ def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, p
         image = scene_pixels(index)
         target = int(engine.network(image[None]).argmax())
         job = Job(image, torch.zeros_like(image), target, 100, tolerance=tolerance)
-        (found,) = engine.explain([job])
+        (explanation,) = engine.explain([job])
         (integral,) = engine.explain([replace(job, tolerance=None, n_steps=128, method="riemann_middle")])
-        assert relative_distance(found.attributions, integral.attributions) <= tolerance
-        assert found.error_estimate <= tolerance
-        assert 3 <= found.n_steps < 100  # without a calibration
-        change = found.attributions.sum() - found.convergence_delta
-        assert abs(found.convergence_delta) <= tolerance * max(abs(change), 0.1 * found.attributions.abs().sum())
+        assert relative_distance(explanation.attributions, integral.attributions) <= tolerance
+        assert explanation.error_estimate <= tolerance
+        assert 3 <= explanation.n_steps < 100  # without a calibration
+        attributions, delta = explanation.attributions, explanation.convergence_delta
+        change = attributions.sum() - delta
+        assert abs(delta) <= tolerance * max(abs(change), 0.1 * attributions.abs().sum())
 
 
 def test_tolerance_stops_at_n_steps_and_says_what_it_reached(served_module):
     image = scene_pixels(0)
     job = Job(image, torch.zeros_like(image), 4, 12, tolerance=0.001)
     for n_steps in (3, 12):
-        (found,) = AttributionEngine(served_module).explain([replace(job, n_steps=n_steps)])
-        assert n_steps - 2 <= found.n_steps <= n_steps
-        assert found.error_estimate > 0.001
+        (explanation,) = AttributionEngine(served_module).explain([replace(job, n_steps=n_steps)])
+        assert n_steps - 2 <= explanation.n_steps <= n_steps
+        assert explanation.error_estimate > 0.001
 
 
 def test_images_of_one_batch_stop_on_their_own(served_module):
@@ -240,7 +242,7 @@ def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
     model = untrained(architecture, 5)
     served = torch.jit.script(build_served(model))
     image = scene_pixels(0)
-    # At zeros the layer norms of a vision transformer make the integrand singular: there, from another image.
+    # At zeros the layer norms of a vision transformer are singular, so its baseline is another image.
     baseline = scene_pixels(1) if architecture == "vit_b_16" else torch.zeros_like(image)
     few, many = AttributionEngine(served).explain([Job(image, baseline, 3, n, "riemann_middle") for n in (2, 64)])
     with torch.no_grad():

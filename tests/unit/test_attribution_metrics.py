@@ -1,4 +1,4 @@
-"""What the gradients tell Prometheus."""
+"""Prometheus metrics of the gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attribution_metrics import BUCKETS, AttributionMetrics
 
 
 class Family:
-    """Stands in for Triton's, and remembers what it is told."""
+    """Stands in for Triton's and records its calls."""
 
     def __init__(self, name, told):
         self.name, self.told = name, told
@@ -36,7 +36,7 @@ def told():
 
 def test_histograms_are_cumulative_counters(told):
     metrics = AttributionMetrics(lambda name, *_: Family(name, told), {"pid": "7"}, lambda: 3)
-    metrics.close()  # what the thread would do now and then is done by hand
+    metrics.close()  # the test flushes itself instead of the thread
     for value in (10, 20, 21, 5000):
         metrics.observe("steps", value, method="calibrated")
     metrics.observe("steps", math.nan, method="calibrated")

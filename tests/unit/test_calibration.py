@@ -46,7 +46,7 @@ def job(engine, index, n_steps, **options):
 
 
 def test_edges_have_equal_density_between_them():
-    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, quiet places apart
+    density = torch.tensor([1.0, 2.0, 0.0, 4.0]).double()  # they add up to 7, without the least density
     edges = PathDensity({"logit": density}, {}).edges("logit", 7)
     quiet = 0.1 * 7 / 4
     densities = torch.tensor([1.0, 2.0, quiet, 4.0]).double()
@@ -73,43 +73,51 @@ def test_twenty_calibrated_steps_come_closer_to_the_integral_than_captums_fifty(
     errors = {"logit": [], "probability": []}
     for index in (0, 1):
         integrals = integrate(engine, job(engine, index, 1).image, job(engine, index, 1).target, 256)
-        for output, own in errors.items():
-            one = job(engine, index, 20, probability=output == "probability")
-            captums = Job(one.image, one.baseline, one.target, 50, probability=one.probability)
-            found = engine.explain([one, captums])
-            own.append([relative_distance(each.attributions, integrals[output]) for each in found])
-            assert found[0].n_steps == 20
-            assert math.isnan(found[0].error_estimate)
-    for own in errors.values():
-        calibrated, captum_50 = torch.tensor(own).mean(dim=0)
+        for output, distances in errors.items():
+            calibrated_job = job(engine, index, 20, probability=output == "probability")
+            captum_job = Job(
+                calibrated_job.image,
+                calibrated_job.baseline,
+                calibrated_job.target,
+                50,
+                probability=calibrated_job.probability,
+            )
+            explanations = engine.explain([calibrated_job, captum_job])
+            distances.append(
+                [relative_distance(explanation.attributions, integrals[output]) for explanation in explanations]
+            )
+            assert explanations[0].n_steps == 20
+            assert math.isnan(explanations[0].error_estimate)
+    for distances in errors.values():
+        calibrated, captum_50 = torch.tensor(distances).mean(dim=0)
         assert calibrated < captum_50 < 0.02
 
 
 @pytest.mark.parametrize("options", [{}, {"probability": True}, {"contrast": 0}], ids=str)
 def test_mean_gradients_account_for_the_whole_change_of_the_output(engine, options):
     for n_steps in (1, 4, 30):
-        (found,) = engine.explain([job(engine, 3, n_steps, **options)])
-        assert abs(found.convergence_delta) <= 1e-4
+        (explanation,) = engine.explain([job(engine, 3, n_steps, **options)])
+        assert abs(explanation.convergence_delta) <= 1e-4
 
 
 def test_chunks_and_neighbours_change_nothing(served_module, demo_density):
     large, small = (AttributionEngine(served_module, max_rows=rows, density=demo_density) for rows in (32, 3))
     jobs = [job(large, 0, 7), job(large, 1, 5, probability=True), job(large, 2, 1)]
     point_jobs = [Job(one.image, one.baseline, one.target, n) for one, n in zip(jobs, (3, 8, 2))]
-    mixed = [each for pair in zip(jobs, point_jobs) for each in pair]
-    alone = [large.explain([each])[0] for each in mixed]
+    mixed = [mixed_job for pair in zip(jobs, point_jobs) for mixed_job in pair]
+    alone = [large.explain([mixed_job])[0] for mixed_job in mixed]
     for engine in (large, small):
-        for one, other in zip(engine.explain(mixed), alone):
-            assert relative_distance(one.attributions, other.attributions) <= 1e-5
-            assert one.n_steps == other.n_steps
+        for one, expected in zip(engine.explain(mixed), alone):
+            assert relative_distance(one.attributions, expected.attributions) <= 1e-5
+            assert one.n_steps == expected.n_steps
 
 
 def test_a_path_is_cut_into_no_more_pieces_than_it_needs(served_module, demo_density):
     engine = AttributionEngine(served_module, max_rows=9, density=demo_density)
-    # The 14 ends of 13 stretches take two passes, the second of which begins with the last end of the first.
+    # The 14 ends of 13 segments take two passes, the second of which begins with the last end of the first.
     engine.explain([job(engine, index, 13) for index in range(3)])
     assert engine.rows_passed == 3 * 15
-    # A first piece that leaves no more of them than there would be is taken: 8 and 5 stretches, 4 and 8.
+    # A first piece is taken if it does not increase the number of pieces: 8 and 5 segments, 4 and 8.
     engine.chunks_passed.clear()
     engine.explain([job(engine, 0, 3), job(engine, 1, 12)])
     assert engine.chunks_passed == {9: 2}
@@ -134,15 +142,15 @@ def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mea
     engine = AttributionEngine(module.double(), density=flat_density())
     image = scene_pixels(0).double()
     one = Job(image, torch.zeros_like(image), 2, 6, "calibrated")
-    (found,) = engine.explain([one])
+    (explanation,) = engine.explain([one])
     if has_mean_slopes:
-        assert found.convergence_delta.item() == pytest.approx(0, abs=1e-9)
+        assert explanation.convergence_delta.item() == pytest.approx(0, abs=1e-9)
     else:
         # Six even cells are then known by their middles.
         expected = captum.attr.IntegratedGradients(engine.network).attribute(
             image[None], target=2, n_steps=6, method="riemann_middle"
         )
-        assert relative_distance(found.attributions, expected[0].detach()) <= 1e-6
+        assert relative_distance(explanation.attributions, expected[0].detach()) <= 1e-6
 
 
 def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
@@ -163,11 +171,12 @@ def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
         places = (torch.arange(4000).double().view(-1, 1, 1, 1) + 0.5) / 4000
         points = torch.lerp(start, end, places).requires_grad_()
         (at_points,) = torch.autograd.grad(layer(points, None).sum(), points)
-        if not isinstance(layer, MeanSlopeMaxPool):  # of three that lead in turn, pooling knows the first and the last
+        # Where three places lead in turn, pooling uses only the first and the last.
+        if not isinstance(layer, MeanSlopeMaxPool):
             torch.testing.assert_close(mean[0], at_points.mean(dim=0), rtol=0, atol=1e-3)
         change = (mean[0] * (end - start)[0]).sum()
         torch.testing.assert_close(change, layer(end, None).sum() - layer(start, None).sum())
-        # The last row is a point like any other.
+        # The last row is not paired: its gradient is that of a point.
         (plain,) = torch.autograd.grad(layer(ends, None)[1].sum(), ends)
         (last,) = torch.autograd.grad(layer(ends, torch.tensor([True, False]))[1].sum(), ends)
         torch.testing.assert_close(last, plain)
@@ -192,7 +201,7 @@ def test_calibration_finds_the_law_that_errors_follow():
     assert law.order == pytest.approx(1.3)
     assert law.scale == pytest.approx(np.percentile(scales, 90))
     assert law.margin == pytest.approx(1)
-    # Where the difference stands for twice as much in one image of ten, that many get the margin.
+    # One image of ten has twice the error for its difference, and the margin covers it.
     for one in differences[::10]:
         one.update({count: difference / 2 for count, difference in one.items()})
     assert fit_law(errors, differences).margin == pytest.approx(2)
@@ -211,7 +220,7 @@ def test_calibration_images_that_cannot_be_read_are_named_and_left_out(tmp_path,
 
 
 def calibration_with(density, **law):
-    """A calibration whose part for the probability is this."""
+    """A calibration with these values for the probability."""
     parts = {
         "density": {"logit": [1], "probability": density},
         "error_law": {"logit": LAW, "probability": {**LAW, **law}},
@@ -242,14 +251,14 @@ def test_missing_foreign_and_damaged_calibrations_are_named(tmp_path, content, m
     file = tmp_path / "path_density.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(CalibrationError) as found:
+    with pytest.raises(CalibrationError) as error:
         PathDensity.load(file, "1234")
-    assert message in str(found.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
-    """As on a GPU, where every place of a pooling takes part, in either precision."""
+    """As on a GPU, where gradients are shared at every place of a pooling, in either precision."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 2, 6, 6).relu().expand(3, 2, 6, 6).to(dtype).contiguous().requires_grad_()
     paired = torch.tensor([True, True, False])
@@ -262,7 +271,7 @@ def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
     assert gradient.isfinite().all()
 
 
-def test_every_place_or_only_changed_onesshare_gradients_alike():
+def test_every_place_or_only_changed_ones_share_gradients_alike():
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 6, 6).requires_grad_()
     paired = torch.tensor([True, True, False])
@@ -272,6 +281,6 @@ def test_every_place_or_only_changed_onesshare_gradients_alike():
     everywhere = share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
     pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
     weights = torch.randn_like(values)
-    (found,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
+    (gradients,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
     (expected,) = torch.autograd.grad((pool(inputs, paired) * weights).sum(), inputs)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, expected)

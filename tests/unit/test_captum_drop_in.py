@@ -1,4 +1,4 @@
-"""The engine in the place of Captum's own class: on Captum's toy models, and inside what takes an attribution."""
+"""The drop-in against Captum's class: on Captum's toy models, and inside classes that take an attribution method."""
 
 import copy
 
@@ -55,14 +55,14 @@ def test_attribute_returns_what_captum_returns(case, multiply_by_inputs):
         inputs, return_convergence_delta=True, **options
     )
     engine = IntegratedGradients(model, multiply_by_inputs)
-    found, delta = engine.attribute(inputs, return_convergence_delta=True, **options)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    attributions, delta = engine.attribute(inputs, return_convergence_delta=True, **options)
+    torch.testing.assert_close(attributions, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(delta, expected_delta, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(engine.attribute(inputs, **options), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_which_calls_are_accelerated():
-    """Without this, the comparison above would pass with everything handed to Captum."""
+    """Otherwise the comparison above would pass if Captum's code ran everything."""
     accelerated = []
     for name, (model, inputs, options) in CASES.items():
         engine = IntegratedGradients(model)
@@ -119,7 +119,7 @@ def test_served_file_is_a_drop_in_too(served_module, eager_model_float64):
 
     images = torch.stack([scene_pixels(0), scene_pixels(1)]).double()
     options = {"target": [2, 5], "n_steps": 6, "return_convergence_delta": True}
-    found, delta = IntegratedGradients(copy.deepcopy(served_module).double()).attribute(images, **options)
+    attributions, delta = IntegratedGradients(copy.deepcopy(served_module).double()).attribute(images, **options)
     expected, expected_delta = captum.attr.IntegratedGradients(eager_model_float64).attribute(images, **options)
-    assert relative_distance(found, expected.detach()) <= 5e-5
+    assert relative_distance(attributions, expected.detach()) <= 5e-5
     torch.testing.assert_close(delta, expected_delta.detach(), rtol=0, atol=1e-5)

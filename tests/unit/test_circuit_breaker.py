@@ -80,7 +80,7 @@ def test_words_that_the_gradients_cannot_have_written_say_nothing(tmp_path, cloc
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     assert not is_refused(tmp_path)
-    CircuitBreaker(7, 12, tmp_path).open(1)  # nor is anything written through it
+    CircuitBreaker(7, 12, tmp_path).open(1)  # nothing is written through it either
     assert (tmp_path / "elsewhere").read_bytes() == struct.pack("<ddd", clock[0] + 1, 0.0, 12.0)
     file.unlink()
     CircuitBreaker(7, 12, tmp_path).open(1)

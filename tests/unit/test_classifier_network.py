@@ -150,8 +150,8 @@ def test_each_row_of_a_pass_has_its_own_objective(hoists: bool) -> None:
     network = Network(module if hoists else module.forward)
     features = random(len(OBJECTIVES), *((4, 3, 3) if hoists else (3, 8, 8)))
     classes, signs, on_probability, objectives = zip(*OBJECTIVES.values())
-    found = network.row_gradients(rows_of(features, list(classes), list(signs), list(on_probability)))
-    for name, row, gradient, objective in zip(OBJECTIVES, features, found, objectives):
+    gradients = network.row_gradients(rows_of(features, list(classes), list(signs), list(on_probability)))
+    for name, row, gradient, objective in zip(OBJECTIVES, features, gradients, objectives):
         point = row[None].requires_grad_()
         logits = module.tail(point) if hoists else module(point)[0]
         (expected,) = torch.autograd.grad(objective(logits[0]), point)
@@ -187,11 +187,11 @@ def test_outputs_that_are_no_class_scores_are_refused(shape: tuple[int, ...]) ->
 
 def test_passes_may_have_another_precision_than_the_module() -> None:
     module, features = SplitClassifier().float(), random(3, 4, 3, 3).float()
-    found = Network(module, precision=torch.float64).row_gradients(logit_rows(features))
+    gradients = Network(module, precision=torch.float64).row_gradients(logit_rows(features))
     assert module.layers[2].weight.dtype == torch.float32
     expected = Network(module.double()).row_gradients(logit_rows(features.double()))
     # Float64 rounding alone.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-13)
 
 
 def test_small_gradients_survive_float16() -> None:
@@ -213,8 +213,8 @@ def test_paired_rows_account_for_the_change_of_a_probability(logit_change: float
     gradients = Network(LinearClassifier()).row_gradients(rows, any_paired=True)
     accounted = (gradients[::2] * (points[1::2] - points[::2])).sum(dim=1)
     probabilities = points.softmax(dim=1)[:, 1]
-    # The error of 16 Gauss-Legendre nodes is largest where the softmax turns in the middle of a long way: 7e-9, 2.4e-7
-    # and 1.5e-3 for a logit that moves by 5, 10 and 20.
+    # The error of 16 Gauss-Legendre nodes is largest where the softmax turns in the middle of a long segment: 7e-9,
+    # 2.4e-7 and 1.5e-3 for a logit that moves by 5, 10 and 20.
     torch.testing.assert_close(accounted, probabilities[1::2] - probabilities[::2], rtol=0, atol=tolerance)
 
 
@@ -271,7 +271,7 @@ def test_buffers_are_kept_until_features_of_another_kind_come() -> None:
     assert passes.buffers(random(1, 4, 3, 3, seed=9), torch.float64) is first
     assert passes.buffers(features.contiguous(memory_format=torch.channels_last), torch.float64) is not first
     assert passes.buffers(features, torch.float32).features.dtype == torch.float32
-    # One buffer at a time is kept, so the first one is not there any more.
+    # Only one buffer is kept, so the first one is gone.
     assert passes.buffers(features, torch.float64) is not first
 
 
@@ -281,5 +281,5 @@ def test_a_pass_takes_the_first_rows_of_a_buffer_alone() -> None:
     rows = passes.buffers(features[:1], torch.float64)
     rows.features[:2], rows.features[2:] = features, torch.nan
     rows.classes[:], rows.signs[:, 0] = 2, 1.0
-    found = passes.gradients(rows, 2)
-    torch.testing.assert_close(found, network.row_gradients(logit_rows(features)), rtol=0, atol=1e-14)
+    gradients = passes.gradients(rows, 2)
+    torch.testing.assert_close(gradients, network.row_gradients(logit_rows(features)), rtol=0, atol=1e-14)

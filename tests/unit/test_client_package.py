@@ -11,8 +11,8 @@ from tools.paths import ROOT
 def test_the_client_needs_nothing_of_the_servers():
     """Its own requirements bring neither torch nor the server; this shows that it imports neither."""
     code = "import explain_client.cli, sys; print({'torch', 'captum', 'pytriton'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 def test_the_version_has_one_source_and_the_changelog_has_it():

@@ -1,4 +1,4 @@
-"""Deadlines, in the time of a clock that only passes move."""
+"""Deadlines, by a clock that only passes advance."""
 
 import attribution_engine
 import pytest
@@ -37,7 +37,7 @@ class FakeTime:
 def fake_time(engine, monkeypatch):
     fake = FakeTime(engine)
     fake.rule(monkeypatch)
-    # What a running server knows of its passes.
+    # A running server has recorded such passes.
     for rows in (2, 8):
         for paired in (False, True):
             engine.clock.record([Pass(rows, paired)], rows * fake.seconds_per_row)
@@ -52,20 +52,21 @@ def job(fake_time, milliseconds, index=0, **options):
 
 @pytest.mark.parametrize("milliseconds", [1, 50, 100, 200, 400, 900])
 def test_answer_is_at_most_a_pass_late_and_uses_the_time(engine, fake_time, milliseconds):
-    one = job(fake_time, milliseconds)
-    (found,) = engine.explain([one])
+    timed_job = job(fake_time, milliseconds)
+    (explanation,) = engine.explain([timed_job])
     longest = max(rows for rows, _ in fake_time.chunks) * fake_time.seconds_per_row
-    assert fake_time.now <= one.deadline + longest
-    assert 0 < found.error_estimate < 2
-    assert found.n_steps >= 3
+    assert fake_time.now <= timed_job.deadline + longest
+    assert 0 < explanation.error_estimate < 2
+    assert explanation.n_steps >= 3
     if milliseconds >= 200:
-        assert fake_time.now >= one.deadline - 0.4 * milliseconds / 1000
+        assert fake_time.now >= timed_job.deadline - 0.4 * milliseconds / 1000
 
 
 def test_more_time_means_more_steps_and_a_smaller_estimate(engine, fake_time):
-    found = [engine.explain([job(fake_time, milliseconds)])[0] for milliseconds in (60, 150, 400, 1000)]
-    assert [each.n_steps for each in found] == sorted({each.n_steps for each in found})
-    estimates = [each.error_estimate for each in found]
+    explanations = [engine.explain([job(fake_time, milliseconds)])[0] for milliseconds in (60, 150, 400, 1000)]
+    steps = [explanation.n_steps for explanation in explanations]
+    assert steps == sorted(set(steps))
+    estimates = [explanation.error_estimate for explanation in explanations]
     assert estimates == sorted(estimates, reverse=True)
 
 
@@ -73,36 +74,36 @@ def test_n_steps_and_tolerance_end_it_earlier(engine, fake_time):
     limited, tolerant = engine.explain([job(fake_time, 5000, n_steps=10), job(fake_time, 5000, 1, tolerance=0.1)])
     assert limited.n_steps <= 10
     assert tolerant.error_estimate <= 0.1
-    assert tolerant.n_steps < 100  # a part of what the time is for
+    assert tolerant.n_steps < 100  # far fewer than fit into the time
 
 
-def test_a_job_in_a_hurry_goes_before_neighbours_that_take_long(engine, fake_time):
-    patient, hurried = job(fake_time, None, n_steps=40), job(fake_time, 300, 1)
+def test_a_job_with_a_near_deadline_goes_before_neighbours_that_take_long(engine, fake_time):
+    without_deadline, urgent = job(fake_time, None, n_steps=40), job(fake_time, 300, 1)
     order = []
-    for done, explanation in engine.explain_as_done([patient, hurried]):
+    for done, explanation in engine.explain_as_done([without_deadline, urgent]):
         order.append((done, fake_time.now))
         assert explanation is not None
-    assert [done for done, _ in order] == [hurried, patient]
-    assert order[0][1] <= hurried.deadline + 8 * fake_time.seconds_per_row
+    assert [done for done, _ in order] == [urgent, without_deadline]
+    assert order[0][1] <= urgent.deadline + 8 * fake_time.seconds_per_row
 
 
-def test_two_in_a_hurry_share_the_time(engine, fake_time):
+def test_two_jobs_with_near_deadlines_share_the_time(engine, fake_time):
     jobs = [job(fake_time, 400, index) for index in range(2)]
     alone = engine.explain([job(fake_time, 400)])[0].n_steps
     jobs = [job(fake_time, 400, index) for index in range(2)]
-    found = engine.explain(jobs)
+    explanations = engine.explain(jobs)
     assert fake_time.now <= jobs[0].deadline + 8 * fake_time.seconds_per_row
-    assert all(3 <= each.n_steps < alone for each in found)
+    assert all(3 <= explanation.n_steps < alone for explanation in explanations)
 
 
-def test_load_that_comes_on_the_way_leaves_the_pilot_as_answer(engine, fake_time):
-    one = job(fake_time, 400)
-    fake_time.seconds_per_row *= 8  # each pass takes 0.64 s of a sudden
-    (found,) = engine.explain([one])
+def test_load_that_comes_meanwhile_leaves_the_coarse_steps_as_answer(engine, fake_time):
+    timed_job = job(fake_time, 400)
+    fake_time.seconds_per_row *= 8  # each pass takes 0.64 s from now on
+    (explanation,) = engine.explain([timed_job])
     assert len(fake_time.chunks) == 1
-    assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
-    assert found.error_estimate > 0.01
-    # and the next one plans with what that took
+    assert fake_time.now <= timed_job.deadline + 8 * fake_time.seconds_per_row
+    assert explanation.error_estimate > 0.01
+    # the next one plans with the time that those passes took
     fake_time.chunks.clear()
     slow = job(fake_time, 3000)
     engine.explain([slow])
@@ -110,10 +111,10 @@ def test_load_that_comes_on_the_way_leaves_the_pilot_as_answer(engine, fake_time
 
 
 def test_noise_samples_that_there_is_no_time_for_are_left_out(engine, fake_time):
-    one = job(fake_time, 300, nt_samples=50, stdevs=0.1)
-    (found,) = engine.explain([one])
-    assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
-    assert 3 <= found.n_steps < 150
+    timed_job = job(fake_time, 300, nt_samples=50, stdevs=0.1)
+    (explanation,) = engine.explain([timed_job])
+    assert fake_time.now <= timed_job.deadline + 8 * fake_time.seconds_per_row
+    assert 3 <= explanation.n_steps < 150
 
 
 def test_noise_samples_of_an_answered_job_are_not_answered_for_again(engine, fake_time):
@@ -141,13 +142,13 @@ def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
     fake_time = FakeTime(engine)
     fake_time.rule(monkeypatch)
     engine.clock.record([Pass(8, False)], 0.08)
-    found = []
+    explanations = []
     for milliseconds in (10, 150, 400):
-        one = job(fake_time, milliseconds)
-        found += engine.explain([one])
-        assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
-    assert 3 == found[0].n_steps < found[1].n_steps < found[2].n_steps
-    assert all(each.error_estimate > 0 for each in found)
+        timed_job = job(fake_time, milliseconds)
+        explanations += engine.explain([timed_job])
+        assert fake_time.now <= timed_job.deadline + 8 * fake_time.seconds_per_row
+    assert 3 == explanations[0].n_steps < explanations[1].n_steps < explanations[2].n_steps
+    assert all(explanation.error_estimate > 0 for explanation in explanations)
 
 
 def test_clock_knows_passes_between_and_beyond_those_it_saw():
@@ -171,14 +172,14 @@ def test_clock_knows_passes_between_and_beyond_those_it_saw():
 
 def test_clock_shares_out_passes_that_were_timed_together():
     clock = PassClock()
-    clock.record([Pass(2, False), Pass(6, False)], 0.8)  # nothing is known: by their rows
+    clock.record([Pass(2, False), Pass(6, False)], 0.8)  # nothing is recorded yet: divided by rows
     assert clock.estimate(2, False) == pytest.approx(0.2)
     assert clock.estimate(6, False) == pytest.approx(0.6)
     for _ in range(30):
         clock.record([Pass(2, False), Pass(2, False)], 0.8)
     assert clock.estimate(2, False) == pytest.approx(0.4, rel=0.01)
     for _ in range(30):
-        clock.record([Pass(2, False), Pass(6, False)], 2.0)  # by what is known of each: 0.4 to 0.6
+        clock.record([Pass(2, False), Pass(6, False)], 2.0)  # divided by the recorded times: 0.4 to 0.6
     assert clock.estimate(2, False) == pytest.approx(0.8, rel=0.01)
     assert clock.estimate(6, False) == pytest.approx(1.2, rel=0.01)
 
@@ -186,8 +187,8 @@ def test_clock_shares_out_passes_that_were_timed_together():
 @pytest.mark.parametrize("count", [3, 8])
 def test_all_of_a_batch_are_answered_though_none_has_time(engine, fake_time, count):
     jobs = [job(fake_time, 1, index % 3) for index in range(count)]
-    found = engine.explain(jobs)
-    assert all(explanation is not None and 0 < explanation.error_estimate < 3 for explanation in found)
+    explanations = engine.explain(jobs)
+    assert all(explanation is not None and 0 < explanation.error_estimate < 3 for explanation in explanations)
 
 
 def test_too_few_steps_for_a_deadline_are_refused(engine, fake_time):
@@ -197,5 +198,5 @@ def test_too_few_steps_for_a_deadline_are_refused(engine, fake_time):
 
 def test_a_job_given_twice_is_explained_twice(engine):
     twice = Job(scene_pixels(0), torch.zeros_like(scene_pixels(0)), 4, n_steps=3)
-    one, other = engine.explain([twice, twice])
-    assert torch.equal(one.attributions, other.attributions)
+    first, second = engine.explain([twice, twice])
+    assert torch.equal(first.attributions, second.attributions)

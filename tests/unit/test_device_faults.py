@@ -14,7 +14,7 @@ from row_scheduler import Admission
 
 
 def fail_passes(engine, fails):
-    """Passes of so many rows raise what ``fails`` returns for them."""
+    """Make a pass raise what ``fails`` returns for its number of rows."""
     gradients = engine.passes.gradients
     sizes = []
 
@@ -36,9 +36,9 @@ def test_a_chunk_without_memory_is_halved_until_it_fits(served_module, options):
     jobs = [small_job(seed=seed, **{"n_steps": 200, **options}) for seed in range(2)]
     expected = engine.explain(jobs)
     sizes = fail_passes(engine, lambda count: torch.OutOfMemoryError("none left") if count > 3 else None)
-    for found, wanted in zip(engine.explain(jobs), expected):
-        assert relative_distance(found.attributions, wanted.attributions) <= 1e-5
-        assert found.n_steps == wanted.n_steps
+    for explanation, wanted in zip(engine.explain(jobs), expected):
+        assert relative_distance(explanation.attributions, wanted.attributions) <= 1e-5
+        assert explanation.n_steps == wanted.n_steps
     assert max(sizes) <= 3
 
 
@@ -55,10 +55,10 @@ def test_no_memory_for_a_single_row_fails_what_is_under_way_alone(engine):
     done: queue.Queue = queue.Queue()
     worker = GradientWorker(engine, torch.device("cpu"), Admission(60, 100))
     try:
-        worker.submit([small_job(8)], lambda *found: done.put(found))
+        worker.submit([small_job(8)], lambda *outcome: done.put(outcome))
         assert isinstance(done.get(timeout=20)[1], torch.OutOfMemoryError)
         fails["now"] = False
-        worker.submit([small_job(8)], lambda *found: done.put(found))
+        worker.submit([small_job(8)], lambda *outcome: done.put(outcome))
         assert done.get(timeout=20)[1].n_steps == 8
     finally:
         worker.close()
@@ -70,6 +70,6 @@ def test_passes_that_cannot_be_captured_run_one_by_one_and_say_so_once(served_mo
     (expected,) = AttributionEngine(served_module).explain([small_job(20)])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            (found,) = engine.explain([small_job(20)])
-            assert relative_distance(found.attributions, expected.attributions) <= 1e-5
+            (explanation,) = engine.explain([small_job(20)])
+            assert relative_distance(explanation.attributions, expected.attributions) <= 1e-5
     assert sum("no CUDA graphs" in record.message for record in caplog.records) == 1

@@ -1,4 +1,4 @@
-"""What `explain doctor` makes of a server, apart from a real one."""
+"""`explain doctor` against a scripted server."""
 
 from scripted_server import Scripted, scripted_server
 from tritonclient.grpc import service_pb2
@@ -7,7 +7,7 @@ from explain_client.doctor import diagnose
 
 
 class Old(Scripted):
-    """A server of another age, with models of another contract."""
+    """An older server, whose models have another contract."""
 
     def ServerMetadata(self, request, context):  # noqa: N802
         return service_pb2.ServerMetadataResponse(name="triton", version="2.30.0")
@@ -22,8 +22,8 @@ class Old(Scripted):
 
 def test_doctor_names_versions_that_do_not_fit():
     with scripted_server(0, Old) as (_, url):
-        found = {finding.name: finding for finding in diagnose(url)}
-    assert "triton 2.30.0 is not what this client was made for: 2.51 or newer" in found["version"].message
-    assert "'classify' is not ready" in found["classify"].message
-    assert "no output ATTRIBUTIONS, CONVERGENCE_DELTA" in found["explain"].message
-    assert not any(finding.is_good for finding in found.values())
+        findings = {finding.name: finding for finding in diagnose(url)}
+    assert "triton 2.30.0 is not what this client was made for: 2.51 or newer" in findings["version"].message
+    assert "'classify' is not ready" in findings["classify"].message
+    assert "no output ATTRIBUTIONS, CONVERGENCE_DELTA" in findings["explain"].message
+    assert not any(finding.is_good for finding in findings.values())

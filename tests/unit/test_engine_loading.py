@@ -51,9 +51,9 @@ def test_the_engine_has_the_files_network(module: nn.Module, file: Path) -> None
     images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module(images)
-        found = build_engine(file, CPU, SHAPE).network(images)
-    # The same float32 sums, perhaps in another order: the weights lie in memory in another layout.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        logits = build_engine(file, CPU, SHAPE).network(images)
+    # The same float32 sums, perhaps in another order, because the weights' memory layout differs.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_engines_weights_take_no_gradients_and_lie_channels_last(file: Path) -> None:
@@ -112,19 +112,19 @@ def test_what_a_pass_frees_stays_with_the_process_for_the_next(file: Path) -> No
     build_engine(file, CPU, SHAPE)
 
     def new_pages() -> int:
-        """Pages that the system had to give for 64 MiB, freed on return."""
+        """Page faults of an allocation of 64 MiB, which is freed on return."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         activations = [torch.ones(4 << 20) for _ in range(4)]
         assert len(activations) == 4
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    # Memory that had gone back to the system would take 16,384 pages of 4 KiB, or 32 huge ones, each time. The first
-    # times take some until the freed pieces fit.
+    # Memory that was returned to the system would fault 16,384 pages of 4 KiB, or 32 huge ones, each time. The first
+    # allocations fault some, until freed pieces fit.
     assert min(new_pages() for _ in range(6)) < 16
 
 
 def test_options_are_those_of_glibcs_malloc_h() -> None:
-    """It takes unknown ones without a word."""
+    """mallopt does not report unknown ones."""
     trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
     assert set(MALLOC_OPTIONS) == {trim_threshold, top_pad, mmap_threshold, arena_max}
 

@@ -1,4 +1,4 @@
-"""The one list of error codes, and who reads it."""
+"""The list of error codes, and its readers."""
 
 import pytest
 from attribution_metrics import OUTCOMES

@@ -1,4 +1,4 @@
-"""What `tools/export` writes, and what it refuses."""
+"""Exports and refusals of `tools/export`."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def model_file(repository: Path) -> Path:
 
 
 def automatic_copy(repository: Path, copy: Path) -> Path:
-    """A repository as if nobody had asked for its network."""
+    """A repository whose network was exported automatically."""
     shutil.copytree(repository, copy)
     file = model_file(copy).with_name("manifest.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "automatic": True}))
@@ -53,7 +53,7 @@ def automatic_copy(repository: Path, copy: Path) -> Path:
 
 @pytest.fixture
 def exports(monkeypatch) -> list[tuple[str, bool]]:
-    """Network and whether it was automatic, of each export that would be made; none is."""
+    """Replaces `export`: records the network of each call and whether it was automatic."""
     made = []
     monkeypatch.setattr(
         export, "export", lambda source, repository, automatic=False: made.append((source.network, automatic))
@@ -90,8 +90,8 @@ def test_relu_follows_the_max_pooling_and_gradients_stay_the_same(exported):
     served = export.build_served(load_source("shapes").module.double())
     pixels = scene_pixels(0)[None].double().requires_grad_()
     (expected,) = torch.autograd.grad(eager(pixels)[0, 3], pixels)
-    (found,) = torch.autograd.grad(served(pixels)[0][0, 3], pixels)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    (gradients,) = torch.autograd.grad(served(pixels)[0][0, 3], pixels)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
 def test_labels_and_manifest_lie_beside_the_model(repository):

@@ -1,4 +1,4 @@
-"""Requests as nobody would write them: what comes from strangers is answered or refused, and never more than that.
+"""Requests that no client would write are answered or refused, with nothing worse.
 
 A crash would end this process; a hang or a slow case fails Hypothesis' deadline of a second.
 """
@@ -29,7 +29,7 @@ from stream_levels import plan_stream
 
 T = TypeVar("T")
 QUICK, THOROUGH = 2_000, 50_000
-# Memory that may be resident after thousands of cases and was not after the first ones: heaps fragment. Six times
+# Resident memory may grow by this much over thousands of cases, because heaps fragment. Six times
 # 20,000 mutated images added 20, 10, 1, 0, 4 and 0 MB.
 GROWTH_MB = 30
 LIMITS = ImageLimits(max_bytes=200_000, max_pixels=1_000_000)
@@ -62,9 +62,9 @@ def resident_mb() -> float:
 
 
 def fuzz(strategy: st.SearchStrategy, check: Callable, cases: int) -> None:
-    """``check`` so many examples, each within a second."""
+    """Run ``check`` on generated examples, each within a second."""
     checks = list(HealthCheck)
-    # The same examples each time: a red run can be looked into, and nobody else's change turns red.
+    # The same examples each time: failures can be reproduced, and do not appear in unrelated changes.
     once = settings(suppress_health_check=checks, max_examples=cases, deadline=1000, database=None, derandomize=True)
     once(given(strategy)(check))()
 
@@ -108,13 +108,13 @@ def check_parameters(sent: dict) -> None:
         return parameters
 
     plan_stream(sent)
-    found = answer_or_refusal(parse, ParameterError)
-    if not isinstance(found, str):
-        assert 1 <= found.n_steps * found.nt_samples <= 5000
-        assert found.tolerance is None or 0.001 <= found.tolerance <= 0.5
-        assert found.deadline_ms is None or 1 <= found.deadline_ms <= 60_000
-        assert 0 <= found.stdevs <= 10
-        assert 0 <= found.part < found.parts <= found.n_steps
+    parameters = answer_or_refusal(parse, ParameterError)
+    if not isinstance(parameters, str):
+        assert 1 <= parameters.n_steps * parameters.nt_samples <= 5000
+        assert parameters.tolerance is None or 0.001 <= parameters.tolerance <= 0.5
+        assert parameters.deadline_ms is None or 1 <= parameters.deadline_ms <= 60_000
+        assert 0 <= parameters.stdevs <= 10
+        assert 0 <= parameters.part < parameters.parts <= parameters.n_steps
     drawn = answer_or_refusal(lambda: parse_heatmap_parameters(sent), ParameterError)
     assert isinstance(drawn, str) or 50 <= drawn.clip_percentile <= 100
 

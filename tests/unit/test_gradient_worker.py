@@ -1,4 +1,4 @@
-"""The thread that explains what comes while it explains."""
+"""The worker thread: jobs that arrive join those under way."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ def working(engine, max_wait_seconds=60.0, max_waiting=100):
 
 
 class Held:
-    """Passes that wait until they are let go on, and then fail where that is asked for."""
+    """Makes passes wait until they are released, and then fail if requested."""
 
     def __init__(self, engine):
         self._gradients = engine.passes.gradients
@@ -44,15 +44,15 @@ def test_jobs_that_come_join_those_under_way_and_the_short_overtake(engine):
     held, done = Held(engine), queue.Queue()
     long, short = small_job(200), small_job(5, seed=1)
     with working(engine) as worker:
-        worker.submit([long], lambda number, found: done.put(("long", found)))
+        worker.submit([long], lambda number, outcome: done.put(("long", outcome)))
         assert held.begun.wait(10)
-        worker.submit([short], lambda number, found: done.put(("short", found)))
+        worker.submit([short], lambda number, outcome: done.put(("short", outcome)))
         held.let_go.set()
         order = [done.get(timeout=60) for _ in range(2)]
     assert [name for name, _ in order] == ["short", "long"]
     for one, (_, together) in zip((short, long), order):
         (alone,) = engine.explain([one])
-        # Other chunk sizes take other routes through the convolutions: rounding, not mathematics.
+        # Other chunk sizes use other convolution kernels, which round differently.
         assert relative_distance(together.attributions, alone.attributions) <= 1e-5
         assert together.n_steps == one.n_steps
 
@@ -70,18 +70,18 @@ def test_a_long_job_is_overtaken_only_until_it_is_due(engine):
 
 
 def test_parameters_places_and_results_belong_together(engine):
-    jobs, found = [small_job(3 + index, seed=index) for index in range(6)], {}
+    jobs, explanations = [small_job(3 + index, seed=index) for index in range(6)], {}
     with working(engine) as worker:
-        worker.submit(jobs, found.__setitem__)
-    assert [found[number].n_steps for number in range(6)] == [3, 4, 5, 6, 7, 8]
+        worker.submit(jobs, explanations.__setitem__)
+    assert [explanations[number].n_steps for number in range(6)] == [3, 4, 5, 6, 7, 8]
 
 
 def test_more_images_than_may_wait_are_not_taken(engine):
     held, done = Held(engine), []
     with working(engine, max_waiting=2) as worker:
-        worker.submit([small_job(3)] * 3, lambda *found: done.append(found))  # a request alone is never too large
+        worker.submit([small_job(3)] * 3, lambda *outcome: done.append(outcome))  # a single request is never too large
         with pytest.raises(OverloadedError, match="3 images wait for their gradients, and at most 2 may"):
-            worker.submit([small_job(3)], lambda *found: done.append("taken"))
+            worker.submit([small_job(3)], lambda *outcome: done.append("taken"))
         held.let_go.set()
     assert [number for number, _ in done] == [0, 1, 2]
 
@@ -90,18 +90,18 @@ def test_what_would_wait_too_long_by_the_pace_of_late_is_not_taken(engine):
     held, done = Held(engine), []
     held.let_go.set()
     with working(engine, max_wait_seconds=0.05) as worker:
-        worker.submit([small_job(40)], lambda *found: done.append(found))  # nothing is known of the pace
+        worker.submit([small_job(40)], lambda *outcome: done.append(outcome))  # no pass has been timed yet
         while not done:
             time.sleep(0.01)
         held.let_go.clear()
         held.begun.clear()
-        worker.submit([small_job(1000)], lambda *found: done.append(found))
+        worker.submit([small_job(1000)], lambda *outcome: done.append(outcome))
         assert held.begun.wait(10)
         with pytest.raises(OverloadedError, match=r"take about [\d.]+ s, and at most 0.05 s may be waited"):
-            worker.submit([small_job(1001)], lambda *found: done.append("taken"))
-        worker.submit([small_job(5)], lambda *found: done.append(found))  # which overtakes it
+            worker.submit([small_job(1001)], lambda *outcome: done.append("taken"))
+        worker.submit([small_job(5)], lambda *outcome: done.append(outcome))  # which overtakes it
         held.let_go.set()
-    assert [found.n_steps for _, found in done] == [40, 5, 1000]
+    assert [outcome.n_steps for _, outcome in done] == [40, 5, 1000]
 
 
 def test_a_job_that_has_not_started_in_time_is_given_up(engine):
@@ -131,11 +131,11 @@ def test_a_failing_pass_fails_the_jobs_under_way_and_no_later_one(engine):
     held, done = Held(engine), queue.Queue()
     held.failure = ArithmeticError("no such number")
     with working(engine) as worker:
-        worker.submit([small_job(20), small_job(30, seed=1)], lambda *found: done.put(found))
+        worker.submit([small_job(20), small_job(30, seed=1)], lambda *outcome: done.put(outcome))
         assert held.begun.wait(10)
-        worker.submit([small_job(4)], lambda *found: done.put(found))  # not under way yet
+        worker.submit([small_job(4)], lambda *outcome: done.put(outcome))  # not under way yet
         held.let_go.set()
-        found = [done.get(timeout=30) for _ in range(3)]
-    assert [number for number, _ in found] == [0, 1, 0]
-    assert [type(result) for _, result in found] == [ArithmeticError, ArithmeticError, Explanation]
+        outcomes = [done.get(timeout=30) for _ in range(3)]
+    assert [number for number, _ in outcomes] == [0, 1, 0]
+    assert [type(result) for _, result in outcomes] == [ArithmeticError, ArithmeticError, Explanation]
     assert engine.seconds_before(small_job(4)) == 0

@@ -44,8 +44,8 @@ def test_polarity_chooses_the_evidence(polarity, shows_for, shows_against):
 
 def test_all_evidence_has_two_colours():
     picture = draw(polarity="all").astype(int)
-    assert picture[FOR][0] > picture[FOR][2]  # red speaks for the class
-    assert picture[AGAINST][0] < picture[AGAINST][2]  # blue against it
+    assert picture[FOR][0] > picture[FOR][2]  # red: for the class
+    assert picture[AGAINST][0] < picture[AGAINST][2]  # blue: against it
 
 
 def test_masked_overlay_keeps_the_image_where_the_evidence_is():

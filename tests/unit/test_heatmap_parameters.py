@@ -1,4 +1,4 @@
-"""What a request may say about its heatmap."""
+"""The parameters of `heatmap`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_every_colormap_but_auto_is_matplotlibs() -> None:
 
 @pytest.mark.parametrize("value", [50, 100, 99.5, "99.5", " 50 ", "1e2"], ids=repr)
 def test_a_percentile_is_a_number_or_its_text(value: Any) -> None:
-    found = parse_parameters({"clip_percentile": value}).clip_percentile
-    assert found == float(value)
-    assert isinstance(found, float)
+    percentile = parse_parameters({"clip_percentile": value}).clip_percentile
+    assert percentile == float(value)
+    assert isinstance(percentile, float)
 
 
 @pytest.mark.parametrize(

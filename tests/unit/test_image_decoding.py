@@ -35,11 +35,11 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 def rotated_by_exif(image: Image.Image) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown rotated by 90 degrees
+    exif[0x0112] = 6  # shown rotated by 90 degrees
     return encode(image, "JPEG", exif=exif)
 
 
-# Name -> (file, the RGB image that torchvision's transform is given).
+# Name -> (file, the RGB image to give to torchvision's transform).
 SCENE = scene_image(0, 300)
 WIDE, TALL, SMALL = SCENE.resize((500, 260)), SCENE.resize((240, 411)), SCENE.resize((37, 53))
 LAB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
@@ -94,10 +94,10 @@ CASES = {
 def test_pixels_equal_torchvision(case):
     file, image = CASES[case]
     expected = TORCHVISION_TRANSFORM(image.convert("RGB"))
-    found = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
-    assert found.shape == (3, 224, 224)
+    pixels = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
+    assert pixels.shape == (3, 224, 224)
     # Float32 arithmetic in the same order: equal, but for a last bit.
-    assert (found - expected).abs().max() <= 1e-5
+    assert (pixels - expected).abs().max() <= 1e-5
 
 
 def test_exif_orientation_turns_the_image():
@@ -105,7 +105,7 @@ def test_exif_orientation_turns_the_image():
 
 
 def test_what_follows_a_jpeg_is_not_counted_as_scans():
-    """Phones append films and further pictures to photographs."""
+    """Phones append videos and further pictures to photographs."""
     file = encode(WIDE, "JPEG", progressive=True)
     decode(file + b"\xff\xda" * 1000)
 
@@ -114,7 +114,7 @@ def second_scan(file: bytes) -> int:
     return file.index(b"\xff\xda", file.index(b"\xff\xda") + 1)
 
 
-# What could make one who walks from segment to segment jump over scans that libjpeg sees.
+# Bytes that make a parser skip scans that libjpeg reads.
 HIDERS = {
     "nothing": b"",
     "marker without length": b"\xff\x01",

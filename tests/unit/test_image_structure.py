@@ -1,4 +1,4 @@
-"""Limits of what a file may be made of: reached exactly, passed by one, and by no photograph."""
+"""Limits of a file's structure: at the limit, one beyond it, and photographs, which stay below."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_encoders_write_is_taken(file: bytes) -> None:
 
 @pytest.mark.parametrize("file", PHOTOGRAPHS.values(), ids=PHOTOGRAPHS)
 def test_a_file_may_end_anywhere(file: bytes) -> None:
-    """Whether a decoder makes do with it is not asked here."""
+    """Whether a decoder accepts the file does not matter here."""
     for length in (*range(40), *range(40, len(file), 997)):
         check_structure(file[:length])
 

@@ -1,4 +1,4 @@
-"""Images in the forms a caller has them, and the crop that the classifier sees, against torchvision's."""
+"""A caller's images as files, and the crop that the classifier sees, against torchvision's."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "I;16"])
 def test_a_pil_image_becomes_a_png_file_without_loss(mode: str) -> None:
     image = picture(40, 30).convert("L").convert("I;16") if mode == "I;16" else picture(40, 30).convert(mode)
-    found = decoded(encoded(image))
-    assert (found.format, found.mode, found.size) == ("PNG", mode, (40, 30))
-    np.testing.assert_array_equal(np.asarray(found.convert("RGBA")), np.asarray(image.convert("RGBA")))
+    sent = decoded(encoded(image))
+    assert (sent.format, sent.mode, sent.size) == ("PNG", mode, (40, 30))
+    np.testing.assert_array_equal(np.asarray(sent.convert("RGBA")), np.asarray(image.convert("RGBA")))
 
 
 @pytest.mark.parametrize("shape", [(30, 40, 3), (30, 40), (1, 1, 3)], ids=str)
 def test_an_array_becomes_a_png_file_without_loss(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    found = decoded(encoded(array))
-    assert found.format == "PNG"
-    np.testing.assert_array_equal(np.asarray(found), array)
+    image = decoded(encoded(array))
+    assert image.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(image), array)
 
 
 def test_an_array_need_not_lie_in_one_piece() -> None:

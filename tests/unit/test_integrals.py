@@ -85,28 +85,28 @@ def test_integrands_are_gradients_at_the_nodes_times_the_image(engine: Attributi
     for name, output in OUTPUTS.items():
         points = (nodes.view(-1, 1, 1, 1) * image).requires_grad_()
         (gradients,) = torch.autograd.grad(output(points)[:, TARGET].sum(), points)
-        found = torch.cat([chunk[name] for chunk in chunks])
+        values = torch.cat([chunk[name] for chunk in chunks])
         # The same derivatives in another order of float64 operations.
-        torch.testing.assert_close(found, gradients * image, rtol=0, atol=1e-13)
+        torch.testing.assert_close(values, gradients * image, rtol=0, atol=1e-13)
 
 
 def test_the_integral_is_captums_by_the_midpoint_rule(engine: AttributionEngine, image: Tensor) -> None:
-    found = integrate(engine, image, TARGET, 10)
+    integrals = integrate(engine, image, TARGET, 10)
     for name, output in OUTPUTS.items():
         expected = captum.attr.IntegratedGradients(output).attribute(
             image[None], target=TARGET, n_steps=10, method="riemann_middle"
         )
-        assert found[name].dtype == torch.float64
+        assert integrals[name].dtype == torch.float64
         # Captum rounds its nodes and weights to float32, by 3e-8 of the path.
-        torch.testing.assert_close(found[name], expected[0].detach(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(integrals[name], expected[0].detach(), rtol=0, atol=1e-7)
 
 
 def test_the_integral_is_complete_as_points_grow(engine: AttributionEngine, image: Tensor) -> None:
-    found = {points: integrate(engine, image, TARGET, points) for points in (16, 32)}
+    integrals = {points: integrate(engine, image, TARGET, points) for points in (16, 32)}
     for name, output in OUTPUTS.items():
         ends = output(torch.stack((torch.zeros_like(image), image)))[:, TARGET]
         change = (ends[1] - ends[0]).item()
-        gaps = [abs(each[name].sum().item() - change) for each in found.values()]
+        gaps = [abs(integral[name].sum().item() - change) for integral in integrals.values()]
         # The midpoint rule's error falls with the square of the points: by 4 from 16 points to 32.
         assert gaps[1] == pytest.approx(gaps[0] / 4, rel=0.05)
 
@@ -121,7 +121,7 @@ def test_a_kept_integral_is_not_computed_again(engine: AttributionEngine, image:
     first = load_or_integrate(file, engine, image, TARGET, 6)
     for name, expected in integrate(engine, image, TARGET, 6).items():
         torch.testing.assert_close(first[name], expected, rtol=0, atol=0)
-    # Of no image and no class: it must come from the file.
+    # No valid image or class: the integral must come from the file.
     again = load_or_integrate(file, engine, torch.full(SHAPE, torch.nan), -1, 6)
     assert all(torch.equal(again[name], first[name]) for name in EXPLAINED_OUTPUTS)
     assert [each.name for each in file.parent.iterdir()] == ["integral.npz"]
@@ -132,7 +132,7 @@ def test_an_integral_that_was_not_finished_is_computed(
 ) -> None:
     file = tmp_path / "integral.npz"
     file.with_suffix(".part.npz").write_bytes(b"half a file")
-    found = load_or_integrate(file, engine, image, TARGET, 3)
+    integrals = load_or_integrate(file, engine, image, TARGET, 3)
     with np.load(file) as kept:
-        np.testing.assert_array_equal(kept["logit"], found["logit"])
+        np.testing.assert_array_equal(kept["logit"], integrals["logit"])
     assert [each.name for each in tmp_path.iterdir()] == ["integral.npz"]

@@ -1,4 +1,4 @@
-"""How much of the heat lies on a shape."""
+"""Share of the heat on a shape."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Gradients that are means over the way between two points, against DeepLIFT and against the exact change.
+"""Gradients that are means over the segment between two points, against DeepLIFT and against the exact change.
 
 Not tested here: float16 and CUDA devices, where every place of a pooling takes part.
 """
@@ -59,13 +59,13 @@ class Residual(nn.Module):
 def with_mean_slopes(module: nn.Module) -> torch.fx.GraphModule:
     network = torch.fx.symbolic_trace(module)
     for node in network.graph.nodes:
-        node.type = None  # annotations that are strings mean nothing to TorchScript
+        node.type = None  # TorchScript cannot read annotations that are strings
     assert add_mean_slopes(network)
     return network
 
 
 def mean_gradient(network: Callable[[Tensor, Tensor], Tensor], ends: Tensor, target: int) -> Tensor:
-    """The gradient of the first of two points, as a mean over the way to the second."""
+    """The gradient of the first of two points, as a mean over the segment to the second."""
     ends = ends.clone().requires_grad_()
     return torch.autograd.grad(network(ends, PAIR)[0, target], ends)[0][0]
 
@@ -78,10 +78,10 @@ def test_one_step_of_a_relu_network_is_deeplifts_rescale_rule() -> None:
         ).append(nn.Linear(8, 5))
     )
     image, baseline = random(1, 3, 8, 8), random(1, 3, 8, 8, seed=1)
-    found = mean_gradient(with_mean_slopes(module), torch.cat((baseline, image)), 2)
+    gradient = mean_gradient(with_mean_slopes(module), torch.cat((baseline, image)), 2)
     expected = captum.attr.DeepLift(module).attribute(image, baseline, target=2).detach()
     # The same quotients and products in float64.
-    torch.testing.assert_close(found * (image - baseline)[0], expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gradient * (image - baseline)[0], expected[0], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("target", [0, 4])
@@ -90,7 +90,7 @@ def test_a_step_accounts_for_the_whole_change_of_the_output(target: int) -> None
     ends = random(2, 3, 8, 8)
     gradient = mean_gradient(with_mean_slopes(module), ends, target)
     change = module(ends)[:, target].diff()
-    # Exact but for float64 rounding; the gradient at either end is off by far more.
+    # Exact up to float64 rounding; the gradients at the ends are far less exact.
     torch.testing.assert_close((gradient * (ends[1] - ends[0])).sum(), change[0], rtol=0, atol=1e-11)
     ends.requires_grad_()
     (at_start, _) = torch.autograd.grad(module(ends)[0, target], ends)[0]
@@ -110,10 +110,10 @@ def test_rows_that_are_not_paired_have_the_gradients_of_points() -> None:
     module, images = seeded(Residual()), random(4, 3, 8, 8).requires_grad_()
     network = with_mean_slopes(module)
     (expected,) = torch.autograd.grad(module(images)[:, 1].sum(), images)
-    (found,) = torch.autograd.grad(network(images, torch.tensor([False, True, False, True]))[:, 1].sum(), images)
-    # A row takes from the next one where it is paired, and else nothing; the last row has none to take from.
-    torch.testing.assert_close(found[[0, 3]], expected[[0, 3]], rtol=0, atol=1e-11)
-    assert (found[1] - expected[1]).abs().max() > 1e-3
+    (gradients,) = torch.autograd.grad(network(images, torch.tensor([False, True, False, True]))[:, 1].sum(), images)
+    # A row depends on the next one only where it is paired; the last row has no next one.
+    torch.testing.assert_close(gradients[[0, 3]], expected[[0, 3]], rtol=0, atol=1e-11)
+    assert (gradients[1] - expected[1]).abs().max() > 1e-3
 
 
 def test_rows_of_unlike_paths_share_a_pass() -> None:
@@ -123,15 +123,15 @@ def test_rows_of_unlike_paths_share_a_pass() -> None:
     paired = torch.tensor([True, False, True, True, False])
     (together,) = torch.autograd.grad(network(points, paired)[:, 0].sum(), points)
     for row, ends in ((0, first), (2, second[:2]), (3, second[1:])):
-        # Alone, a row adds nothing of its neighbour's to its gradient.
+        # A row that is not paired does not depend on its neighbour.
         torch.testing.assert_close(together[row], mean_gradient(network, ends, 0), rtol=0, atol=1e-11)
 
 
 def test_a_single_row_is_a_point() -> None:
     network, image = with_mean_slopes(seeded(Residual())), random(1, 3, 8, 8).requires_grad_()
     (expected,) = torch.autograd.grad(network(image)[0, 0], image)
-    (found,) = torch.autograd.grad(network(image, torch.tensor([True]))[0, 0], image)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(network(image, torch.tensor([True]))[0, 0], image)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level annotations")
@@ -195,7 +195,7 @@ def test_a_network_with_another_layer_is_left_as_it_was(layer: nn.Module) -> Non
 def test_only_activations_and_poolings_are_replaced() -> None:
     network = with_mean_slopes(seeded(Residual()))
     kinds = [type(module) for module in network.modules()]
-    # One ReLU is called three times, and has a replacement of its own in each place.
+    # One ReLU is called three times; each call has its own replacement.
     assert kinds.count(MeanSlopeActivation) == 4
     assert kinds.count(MeanSlopeMaxPool) == 1
     assert kinds.count(nn.Conv2d) == 2
@@ -232,7 +232,7 @@ def test_an_activation_that_does_not_move_has_no_mean_slope(value: float) -> Non
 
 
 def test_a_pools_gradient_is_shared_by_the_part_of_the_way_before_one_overtakes_the_other() -> None:
-    # The first leads by 3 and then trails by 1, so it leads for three quarters of the way.
+    # The first leads by 3 and then trails by 1, so it leads for three quarters of the segment.
     inputs = torch.tensor([[[[4.0, 1.0]]], [[[1.0, 2.0]]]], dtype=torch.float64, requires_grad=True)
     values = MeanSlopeMaxPool(nn.MaxPool2d((1, 2)))(inputs, PAIR)
     assert values.flatten().tolist() == [4, 2]

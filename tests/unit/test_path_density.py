@@ -1,4 +1,4 @@
-"""The calibration of one network, as a file and as places on its paths."""
+"""A network's calibration: its file, and the nodes from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHA256 = "12" * 32
 
 
 def write(folder: Path, **logit_law: Any) -> Path:
-    """A valid calibration, but for what is given of the logit's law."""
+    """A valid calibration, except for the given values of the logit's law."""
     content = {
         "model_sha256": SHA256,
         "density": {"logit": [1, 2.5, 0], "probability": [3]},
@@ -31,13 +31,13 @@ def write(folder: Path, **logit_law: Any) -> Path:
 
 
 def test_a_file_gives_each_output_its_density_and_its_law(tmp_path: Path) -> None:
-    found = PathDensity.load(write(tmp_path), SHA256)
-    assert {name: density.tolist() for name, density in found.density.items()} == {
+    calibration = PathDensity.load(write(tmp_path), SHA256)
+    assert {name: density.tolist() for name, density in calibration.density.items()} == {
         "logit": [1, 2.5, 0],
         "probability": [3],
     }
-    assert all(density.dtype == torch.float64 for density in found.density.values())
-    assert found.law == {"logit": ErrorLaw(2.0, 1.2, 1.4), "probability": ErrorLaw(0.5, 1.0, 3.0)}
+    assert all(density.dtype == torch.float64 for density in calibration.density.values())
+    assert calibration.law == {"logit": ErrorLaw(2.0, 1.2, 1.4), "probability": ErrorLaw(0.5, 1.0, 3.0)}
 
 
 def test_numbers_in_a_law_may_be_strings(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_what_is_no_text_file_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_edges_invert_the_densitys_integral(output: str, n_steps: int) -> None:
     densities = {"logit": [4.0, 1.0, 2.0, 8.0, 1.0], "probability": [1.0, 6.0]}
-    found = PathDensity({name: torch.tensor(each).double() for name, each in densities.items()}, {})
+    calibration = PathDensity({name: torch.tensor(each).double() for name, each in densities.items()}, {})
     integral = np.concatenate(([0], np.cumsum(densities[output])))
     expected = np.interp(
         np.linspace(0, integral[-1], n_steps + 1), integral, np.linspace(0, 1, len(densities[output]) + 1)
     )
     # Float64 rounding alone.
-    np.testing.assert_allclose(found.edges(output, n_steps), expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(calibration.edges(output, n_steps), expected, rtol=0, atol=1e-13)
 
 
 def test_a_law_of_integers_beyond_floats_is_not_valid(tmp_path: Path) -> None:

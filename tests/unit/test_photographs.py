@@ -1,4 +1,4 @@
-"""The photographs that the demo shows, and that calibration goes and is judged by."""
+"""The photographs of the demo, of the calibration and of its evaluation."""
 
 from tools.imagenet.photographs import CALIBRATION, DEMO, HELD_OUT, crops
 

@@ -1,4 +1,4 @@
-"""How a server that has much to do is told from one that hangs."""
+"""How the probe distinguishes an overloaded server from one that hangs."""
 
 import pytest
 
@@ -12,9 +12,9 @@ def chain(**changes) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(
     ("before", "after", "is_stuck", "hanging"),
     [
-        # a request stuck in a model that does nothing
+        # a request is stuck in a model that makes no progress
         ({}, {"preprocess": (6, 0), "classifier": (6, 0)}, True, "integrated_gradients"),
-        # gradients wait and none is taken, whatever waits elsewhere and whether or not the probe was refused
+        # gradients wait and none is computed, whatever waits elsewhere, and whether or not the probe was refused
         (
             {"integrated_gradients": (5, 3)},
             {"preprocess": (9, 4), "integrated_gradients": (5, 4)},
@@ -22,12 +22,12 @@ def chain(**changes) -> dict[str, tuple[int, int]]:
             "integrated_gradients",
         ),
         ({"integrated_gradients": (5, 3)}, {"integrated_gradients": (5, 4)}, False, "integrated_gradients"),
-        # much waits and it goes on
+        # many requests wait, with progress
         ({}, {"preprocess": (9, 40)}, True, None),
         ({"integrated_gradients": (5, 3)}, {"integrated_gradients": (9, 4)}, False, None),
-        # all have done something and nothing waits: the answer was late
+        # all models made progress and nothing waits: the answer was late
         ({}, {name: (6, 0) for name in CHAINS["explain"]}, True, None),
     ],
 )
-def test_a_server_that_has_much_to_do_is_told_from_one_that_hangs(before, after, is_stuck, hanging):
+def test_an_overloaded_server_is_distinguished_from_one_that_hangs(before, after, is_stuck, hanging):
     assert hanging_model(chain(**before), chain(**after), is_stuck) == hanging

@@ -1,4 +1,4 @@
-"""When a request is sent again, and how long it waits before."""
+"""When a request is retried, and after how long."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_only_a_server_without_room_is_asked_again(error: ExplainError) -> None:
     with pytest.raises(type(error)) as raised:
         attempts.delay_after(error)
     assert raised.value is error
-    # That cost no retry.
+    # That did not use a retry.
     assert attempts.delay_after(NO_ROOM) > 0
 
 
@@ -80,8 +80,8 @@ def test_a_deadline_that_has_passed_leaves_an_instant(timeout: float) -> None:
     assert Attempts(timeout=timeout, retries=0).seconds_left == 1e-3
 
 
-@pytest.mark.parametrize(("unavailable", "asked"), [(0, 1), (2, 3), (3, 3)])
-def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable, asked):
+@pytest.mark.parametrize(("unavailable", "requests"), [(0, 1), (2, 3), (3, 3)])
+def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable, requests):
     async def classify(url):
         async with AsyncExplainClient(url, timeout=20) as client:
             return await client.classify(b"image")
@@ -93,4 +93,4 @@ def test_only_a_server_without_room_is_asked_again_and_not_for_ever(unavailable,
             else:
                 with pytest.raises(UnavailableError, match="no room"):
                     run(url)
-            assert servicer.asked == asked
+            assert servicer.requests == requests

@@ -1,4 +1,4 @@
-"""Whose rows come next, on made-up paths: no tensor, no network."""
+"""The order of rows, on artificial paths without tensors or a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MadeUpPath:
 
 @pytest.fixture
 def now(monkeypatch):
-    """Seconds of a clock that stands still until it is set."""
+    """The seconds of a clock that changes only when it is set."""
     time = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: time[0])
     return time
@@ -43,7 +43,7 @@ def under_way(limit: int, *paths: MadeUpPath, **options) -> RowScheduler[Task, M
 
 
 def pass_all(scheduler: RowScheduler[Task, MadeUpPath], equal: bool = True) -> list[int]:
-    """Rows of each pass until nothing is left."""
+    """Rows of each pass until all tasks are done."""
     rows = []
     while scheduler.has_rows:
         chunk = scheduler.next_chunk(equal)
@@ -112,10 +112,10 @@ def test_short_tasks_overtake_long_ones_until_those_have_their_turn():
 
 
 def test_a_task_that_takes_more_than_expected_falls_back():
-    task, other = Task(5, 0), Task(6, 0)
-    assert task.priority < other.priority
+    task, later = Task(5, 0), Task(6, 0)
+    assert task.priority < later.priority
     task.rows_spent = 7
-    assert task.priority > other.priority
+    assert task.priority > later.priority
 
 
 def test_a_near_deadline_goes_before_all_others_and_a_far_one_does_not(now):

@@ -11,11 +11,11 @@ from tools.shapes.train import STAGES, accuracy, compute_losses
 
 
 def test_scenes_depend_on_split_and_index_alone():
-    one, again = draw_scene("test", 5), draw_scene("test", 5)
-    np.testing.assert_array_equal(one.image, again.image)
-    np.testing.assert_array_equal(one.mask, again.mask)
-    for other in (draw_scene("test", 6), draw_scene("train", 5)):
-        assert not np.array_equal(one.image, other.image)
+    first, again = draw_scene("test", 5), draw_scene("test", 5)
+    np.testing.assert_array_equal(first.image, again.image)
+    np.testing.assert_array_equal(first.mask, again.mask)
+    for second in (draw_scene("test", 6), draw_scene("train", 5)):
+        assert not np.array_equal(first.image, second.image)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,4 +1,4 @@
-"""How a stream's explanation is cut into levels, and put together again."""
+"""How a stream's explanation is cut into levels and accumulated."""
 
 import math
 from itertools import chain, pairwise
@@ -83,32 +83,32 @@ def test_a_rough_one_goes_before_what_finds_its_own_steps(parameters):
 
 
 def answer_to(engine: AttributionEngine, image: torch.Tensor, **options) -> LevelAnswer:
-    (found,) = explain(engine, [Job(image, torch.zeros_like(image), 4, **options)])
-    assert found.convergence_delta is not None
+    (explanation,) = explain(engine, [Job(image, torch.zeros_like(image), 4, **options)])
+    assert explanation.convergence_delta is not None
     return LevelAnswer(
-        found.attributions[None].numpy(),
-        np.array([[found.convergence_delta.item()]]),
-        np.array([[found.n_steps]]),
-        np.array([[found.error_estimate]]),
-        np.array([[found.weight_sum]]),
+        explanation.attributions[None].numpy(),
+        np.array([[explanation.convergence_delta.item()]]),
+        np.array([[explanation.n_steps]]),
+        np.array([[explanation.error_estimate]]),
+        np.array([[explanation.weight_sum]]),
     )
 
 
 @pytest.mark.parametrize("method", ["gausslegendre", "riemann_trapezoid"])
-def test_levels_sharpen_into_the_whole(served_module, method):
+def test_levels_add_up_to_the_whole(served_module, method):
     engine = AttributionEngine(served_module)
     image = scene_pixels(0)
     asked = {"n_steps": 16, "method": method}
     whole = answer_to(engine, image, **asked)
     integral = answer_to(engine, image, n_steps=128, method="riemann_middle")
     levels = plan_stream(asked).levels
-    sharpening = LevelAccumulator()
+    accumulator = LevelAccumulator()
     assert len(levels) == 2
     for level in levels:
         answers = [answer_to(engine, image, **sent) for sent in level.requests]
-        last = sharpening.take(answers, level, level is levels[-1])
+        last = accumulator.take(answers, level, level is levels[-1])
         error = relative_distance(last.attributions, integral.attributions)
-        # An estimate of the error: of its order, and rather above.
+        # The estimate has the error's order of magnitude and tends to be larger.
         assert 0.5 * error < last.error_estimate[0, 0] < 6 * error
     assert last.n_steps[0, 0] == 16
     assert relative_distance(last.attributions, whole.attributions) <= 1e-5
@@ -120,9 +120,9 @@ def test_steps_of_whole_answers_add_up():
         maps = np.full((1, 3, 2, 2), value)
         return LevelAnswer(maps, np.zeros((1, 1)), np.array([[steps]]), np.array([[0.1]]), np.ones((1, 1)))
 
-    sharpening, level = LevelAccumulator(), PlannedLevel([{}], False)
-    sharpening.take([answer(1.0, 3)], level, False)
-    last = sharpening.take([answer(2.0, 8)], level, True)
+    accumulator, level = LevelAccumulator(), PlannedLevel([{}], False)
+    accumulator.take([answer(1.0, 3)], level, False)
+    last = accumulator.take([answer(2.0, 8)], level, True)
     assert last.n_steps[0, 0] == 11
     np.testing.assert_array_equal(last.attributions, 2.0)
 
@@ -136,7 +136,7 @@ def test_parts_add_up_to_the_attribution(served_module, method):
     parts = [answer_to(engine, image, **options, part=part, parts=4) for part in range(4)]
     assert [part.n_steps[0, 0] for part in parts] == [6, 4, 4, 4]
     assert relative_distance(sum(part.attributions for part in parts), whole.attributions) <= 1e-5
-    if method == "riemann_trapezoid":  # whose weights leave a share of the change to none of its parts
+    if method == "riemann_trapezoid":  # its weights add up to less than 1
         assert sum(part.weight_sum for part in parts) == pytest.approx(8 / 9)
     else:
         assert sum(part.weight_sum for part in parts) == pytest.approx(1)

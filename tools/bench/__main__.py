@@ -1,7 +1,7 @@
-"""``make bench``: everything that can be measured in under 40 minutes on 2 CPU cores, as one report.
+"""``make bench``: one report of all benchmarks, in under 40 minutes on 2 CPU cores.
 
-``--quick`` takes under 5 minutes, with fewer and shorter runs of most parts; read its figures as hints. `make
-bench-engine`, `bench-server`, `bench-stream` and `bench-deadlines` measure a part at length.
+``--quick`` takes under 5 minutes, with fewer and shorter runs of most parts; its figures are rough. `make
+bench-engine`, `bench-server`, `bench-stream` and `bench-deadlines` measure one part in more detail.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from tools.server import EmbeddedServer, Ports
 
 
 def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
-    """Against Captum."""
+    """The engine against Captum."""
     contestants = engine.Contestants(device, "tf32" if device.type == "cuda" else "ieee", 4)
     repeats = 1 if quick else 3
     if not quick:
         contestants.tune()
     steps = (20, 50) if not quick else (20,)
-    found = {
+    measured = {
         "rows": [engine.compare(contestants, 1, count, repeats) for count in steps],
         "most_rows": max(steps),
         "left_out": [],
         "profile": engine.profile_engine(contestants),
     }
     if not quick:
-        found["accurate"] = engine.compare_accurate(contestants, repeats)
-    return found
+        measured["accurate"] = engine.compare_accurate(contestants, repeats)
+    return measured
 
 
 def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
-    """The same of a real network and photographs, at equal steps and at about equal accuracy."""
+    """The same for a real network and photographs, at equal steps and at about equal accuracy."""
     precision = "tf32" if device.type == "cuda" else "ieee"
     contestants = engine.Contestants(device, precision, 1 if quick else 4, network="lite0")
     repeats = 1 if quick else 2
@@ -60,7 +60,7 @@ def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
 
 
 def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
-    """What to measure, in order; servers are started when a part first needs them."""
+    """Parts of the report by name, in order. Servers are started when a part first needs them."""
     device, images = default_device(), jpeg_images()
     repository = repository_with("shapes")
 
@@ -107,19 +107,19 @@ def parts(quick: bool, folder: Path, stack: ExitStack) -> dict[str, Callable[[],
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="under 5 minutes, figures as hints")
+    parser.add_argument("--quick", action="store_true", help="under 5 minutes, rough figures")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the report, by name")
     parser.add_argument(
         "--out", type=Path, default=OUTPUTS / "bench", help="folder for report.md, report.json and plots"
     )
-    parser.add_argument("--from", dest="known", type=Path, help="a report.json whose other parts are taken over")
+    parser.add_argument("--from", dest="known", type=Path, help="a report.json to copy the other parts from")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    found = json.loads(arguments.known.read_text()) if arguments.known else {}
+    report_parts = json.loads(arguments.known.read_text()) if arguments.known else {}
     command = " ".join(["python -m tools.bench", *sys.argv[1:]])
-    found |= {"command": command, "machine": describe_machine()}
-    found.setdefault("measured", {})  # each part says what it was measured by: others may be taken over
+    report_parts |= {"command": command, "machine": describe_machine()}
+    report_parts.setdefault("measured", {})  # each part has its own command: some may come from an earlier report
     with ExitStack() as stack:
         measures = parts(arguments.quick, OUTPUTS / "bench", stack)
         if unknown := set(arguments.only or ()) - set(measures):
@@ -128,14 +128,15 @@ def main() -> None:
         for number, name in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}, {(time.monotonic() - started) / 60:.0f} min] {name}", flush=True)
             part_started = time.monotonic()
-            found[name] = measures[name]()
+            report_parts[name] = measures[name]()
             minutes = (time.monotonic() - part_started) / 60
-            found["measured"][name] = {"command": command, "minutes": minutes, "machine": found["machine"]}
-            found["minutes"] = (time.monotonic() - started) / 60
-            found = rounded(found)
-            # After each part, so that --from goes on where something failed.
-            (arguments.out / "report.json").write_text(json.dumps(found) + "\n")
-    text = report.markdown(found, report.draw(found, arguments.out))
+            origin = {"command": command, "minutes": minutes, "machine": report_parts["machine"]}
+            report_parts["measured"][name] = origin
+            report_parts["minutes"] = (time.monotonic() - started) / 60
+            report_parts = rounded(report_parts)
+            # Written after each part, so that --from can continue after a failure.
+            (arguments.out / "report.json").write_text(json.dumps(report_parts) + "\n")
+    text = report.markdown(report_parts, report.draw(report_parts, arguments.out))
     (arguments.out / "report.md").write_text(text)
     print(text)
     print(f"wrote report.md, report.json and plots in {arguments.out}")

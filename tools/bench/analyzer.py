@@ -1,4 +1,4 @@
-"""The real perf_analyzer over the models: closed loops and rates, with and without shared memory, read back."""
+"""Measures the models with perf_analyzer: closed loops and rates, with and without shared memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ WINDOW = ["--measurement-mode", "count_windows", "--stability-percentage", "50",
 
 
 def measure(server: EmbeddedServer, folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """An entry for each run: its options, what the CSV and the profile say, and the models' batches."""
+    """An entry for each run: its options, results from the CSV and the profile, and the models' mean batches."""
     steps = ["--request-parameter", f"n_steps:{N_STEPS}:int"]
     often, seldom = (["--measurement-request-count", count] for count in ("30", "6"))
-    wish = ["--request-parameter", "tolerance:0.05:string"]
-    # Registering memory is an operator's right.
+    tolerance = ["--request-parameter", "tolerance:0.05:string"]
+    # Registering shared memory requires the operator's key.
     key = server.grpc_admin_headers[f"triton-grpc-protocol-{ADMIN_HEADER}"]
     shared = ["--shared-memory", "system", "--output-shared-memory-size", "1000000"]
     secret = ["-H", f"triton-grpc-protocol-{ADMIN_HEADER}:{key}"]
@@ -31,33 +31,33 @@ def measure(server: EmbeddedServer, folder: Path, quick: bool) -> list[dict[str,
         ("classify", "closed loop", [*often, "--concurrency-range", "1:7:3"]),
         ("classify", "closed loop, shared memory", [*shared, *secret, *often, "--concurrency-range", "1:7:3"]),
         ("classify", "rate", [*often, "--request-rate-range", "5:15:5"]),
-        # perf_analyzer shares no memory with models that have optional inputs.
+        # perf_analyzer cannot share memory with models that have optional inputs.
         ("explain", "closed loop", [*seldom, *steps, "--concurrency-range", "1:4:3"]),
         ("explain", "rate", [*seldom, *steps, "--request-rate-range", "0.5:1:0.5"]),
-        ("explain_stream", "closed loop", [*seldom, *wish, "--concurrency-range", "1:4:3"]),
+        ("explain_stream", "closed loop", [*seldom, *tolerance, "--concurrency-range", "1:4:3"]),
     ]
     if quick:
         runs = [("classify", "closed loop", [*often, "--concurrency-range", "1"])]
     client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-    found = []
+    entries = []
     for model, kind, options in tqdm(runs, desc="perf_analyzer"):
-        own = folder / f"{model}-{kind.replace(', ', '-').replace(' ', '-')}"
+        run_folder = folder / f"{model}-{kind.replace(', ', '-').replace(' ', '-')}"
         before = _batches(client)
-        answer = run(model, server.grpc_url, [*WINDOW, *options], own, quiet=True)
+        answer = run(model, server.grpc_url, [*WINDOW, *options], run_folder, quiet=True)
         if answer.returncode != 0:
             raise RuntimeError(f"perf_analyzer of {model}, {kind}, failed:\n{answer.stdout}\n{answer.stderr}")
-        with (own / f"{model}.csv").open() as file:
+        with (run_folder / f"{model}.csv").open() as file:
             rows = list(csv.DictReader(file))
         rows.sort(key=lambda row: float(next(iter(row.values()))))
-        # Of other models the export has all outputs in full, and ends where one of them is NaN.
-        profile = read_profile(own / f"{model}.json") if model == "explain_stream" else []
+        # For other models the export contains all outputs and is cut off at the first NaN.
+        profile = read_profile(run_folder / f"{model}.json") if model == "explain_stream" else []
         first = {float(load["load"]["value"]): load["first_ms"] for load in profile}
         after = _batches(client)
-        found.append(
+        entries.append(
             {
                 "model": model,
                 "kind": kind,
-                "options": [each for each in options if each not in secret],
+                "options": [option for option in options if option not in secret],
                 "loads": [_load(row, first) for row in rows],
                 "mean_batch": {
                     name: (after[name][0] - before[name][0]) / (after[name][1] - before[name][1])
@@ -66,11 +66,11 @@ def measure(server: EmbeddedServer, folder: Path, quick: bool) -> list[dict[str,
                 },
             }
         )
-    return found
+    return entries
 
 
 def _load(row: dict[str, str], first: dict[float, list[float]]) -> dict[str, Any]:
-    """What the CSV says of one load, and when first responses came: p50, p95 and p99 in ms."""
+    """Results for one load from the CSV, and p50, p95 and p99 of first responses, in ms."""
     load = float(next(iter(row.values())))
     return {
         "load": load,
@@ -83,20 +83,20 @@ def _load(row: dict[str, str], first: dict[float, list[float]]) -> dict[str, Any
 
 def _batches(client: tritonclient.grpc.InferenceServerClient) -> dict[str, tuple[int, int]]:
     """Images and executions of each model so far."""
-    found = {}
+    counts = {}
     for name in MODELS:
         statistics = client.get_inference_statistics(name).model_stats[0]
-        found[name] = (statistics.inference_count, statistics.execution_count)
-    return found
+        counts[name] = (statistics.inference_count, statistics.execution_count)
+    return counts
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown."""
+def table(entries: list[dict[str, Any]]) -> str:
+    """A Markdown table of the runs."""
     lines = [
         "| model | | load | requests a second | p50 | p95 | p99 | queue | compute | mean batches |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for entry in found:
+    for entry in entries:
         batches = ", ".join(f"{name} {size:.1f}" for name, size in entry["mean_batch"].items())
         for load in entry["loads"]:
             p50, p95, p99 = (f"{value:.0f} ms" for value in load["ms"])

@@ -1,8 +1,8 @@
-"""``make bench-deadlines``: whether answers keep their deadlines, and what a longer one buys.
+"""``make bench-deadlines``: whether answers keep their deadlines, and how errors fall with longer ones.
 
-Requests go to the engine one after the other, over held-out images, each with ``deadline_ms`` of one of a few lengths,
-all lengths in turn. For every length: how late answers are, the true error (against the integral of ``make quality``,
-whose kept references serve here too) and how the estimate compares with it. Prints a table and writes JSON.
+Jobs go to the engine one after the other, over held-out images, with several deadlines in turn. For each deadline, it
+measures how late answers are, the true error (against the integral of ``make quality``, whose files it shares) and how
+the estimate compares with it. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MOST_STEPS = 1000
 
 
 def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: int) -> dict[str, dict[str, Any]]:
-    """For each deadline, what came of the requests."""
+    """A summary of the answers for each deadline in ms."""
     named = held_out.images(images)
     names, jobs = list(named), [held_out.job(image, "logit") for image in named.values()]
     integrals = [held_out.integral(name, job)["logit"] for name, job in zip(tqdm(names, desc="integrals"), jobs)]
     passes = _time_passes(held_out)
-    found: dict[str, list[dict[str, Any]]] = {str(deadline_ms): [] for deadline_ms in deadlines_ms}
+    answers_by_deadline: dict[str, list[dict[str, Any]]] = {str(deadline_ms): [] for deadline_ms in deadlines_ms}
     for number in tqdm(range(requests), desc="requests"):
         job, integral = jobs[number % images], integrals[number % images]
         for deadline_ms in deadlines_ms:
@@ -49,7 +49,7 @@ def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: i
             (explanation,) = explain(held_out.engine, [sent])
             explanation.attributions.cpu()
             seconds = time.monotonic() - started
-            found[str(deadline_ms)].append(
+            answers_by_deadline[str(deadline_ms)].append(
                 {
                     "image": names[number % images],
                     "milliseconds": 1000 * seconds,
@@ -59,19 +59,19 @@ def measure(held_out: HeldOut, deadlines_ms: list[int], requests: int, images: i
                     "estimate": explanation.error_estimate,
                 }
             )
-    return {deadline_ms: summarise(float(deadline_ms), answers) for deadline_ms, answers in found.items()}
+    return {deadline_ms: summarise(float(deadline_ms), answers) for deadline_ms, answers in answers_by_deadline.items()}
 
 
 def summarise(deadline_ms: float, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What came of the requests with one deadline."""
-    taken, passes, steps, errors, estimates = (
+    """Summary of the answers with one deadline."""
+    milliseconds, passes, steps, errors, estimates = (
         np.array([answer[key] for answer in answers])
         for key in ("milliseconds", "longest_pass_ms", "steps", "error", "estimate")
     )
     return {
-        "milliseconds": distribution(taken),
-        "within_deadline": float(np.mean(taken <= deadline_ms)),
-        "within_deadline_and_a_pass": float(np.mean(taken <= deadline_ms + passes)),
+        "milliseconds": distribution(milliseconds),
+        "within_deadline": float(np.mean(milliseconds <= deadline_ms)),
+        "within_deadline_and_a_pass": float(np.mean(milliseconds <= deadline_ms + passes)),
         "steps": distribution(steps),
         "error": distribution(errors),
         "estimate_at_least_the_error": float(np.mean(estimates >= errors)),
@@ -80,37 +80,37 @@ def summarise(deadline_ms: float, answers: list[dict[str, Any]]) -> dict[str, An
 
 
 def _time_passes(held_out: HeldOut) -> list[float]:
-    """A list that gets the seconds of every pass from now on."""
+    """A list to which the seconds of every further pass are appended."""
     passes: list[float] = []
     engine: Any = held_out.engine  # one of its methods is replaced
     gradients = engine.passes.gradients
 
     def timed(*arguments: Any) -> torch.Tensor:
         started = time.monotonic()
-        found: torch.Tensor = gradients(*arguments)
+        result: torch.Tensor = gradients(*arguments)
         if held_out.device.type == "cuda":
             torch.cuda.synchronize(held_out.device)
         passes.append(time.monotonic() - started)
-        return found
+        return result
 
     engine.passes.gradients = timed
     return passes
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """A Markdown table of the summaries."""
     lines = [
         "| deadline | time, median (95 %) | within deadline | within deadline + one pass | steps, median "
         "| error, median (95 %) | estimate at least the error | estimate / error, median |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for deadline_ms, found in report["deadlines"].items():
-        taken, steps, errors = (found[key] for key in ("milliseconds", "steps", "error"))
+    for deadline_ms, summary in report["deadlines"].items():
+        milliseconds, steps, errors = (summary[key] for key in ("milliseconds", "steps", "error"))
         lines.append(
-            f"| {deadline_ms} ms | {taken['p50']:.0f} ({taken['p95']:.0f}) ms "
-            f"| {found['within_deadline']:.0%} | {found['within_deadline_and_a_pass']:.0%} "
+            f"| {deadline_ms} ms | {milliseconds['p50']:.0f} ({milliseconds['p95']:.0f}) ms "
+            f"| {summary['within_deadline']:.0%} | {summary['within_deadline_and_a_pass']:.0%} "
             f"| {steps['p50']:.0f} | {errors['p50']:.4f} ({errors['p95']:.4f}) "
-            f"| {found['estimate_at_least_the_error']:.0%} | {found['estimate_over_error_p50']:.2f} |"
+            f"| {summary['estimate_at_least_the_error']:.0%} | {summary['estimate_over_error_p50']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -126,12 +126,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "deadlines.json")
     arguments = parser.parse_args()
     held_out = HeldOut("shapes", arguments.device, arguments.reference_steps, arguments.folder, Rules())
-    found = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
+    deadlines = measure(held_out, arguments.deadlines_ms, arguments.requests, arguments.images)
     report = {
         "command": " ".join(["python -m tools.bench.deadlines", *sys.argv[1:]]),
         "machine": describe_machine(arguments.device),
         "reference_steps": arguments.reference_steps,
-        "deadlines": found,
+        "deadlines": deadlines,
     }
     write_report(report, table(report), arguments.out)
 

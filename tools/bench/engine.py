@@ -2,17 +2,17 @@
 
 Three implementations compute the same attributions:
 
-engine  what `integrated_gradients` runs: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given.
-(a)     Captum as its public examples write it: the eager torchvision model as it comes, parameters requiring gradients,
+engine  as in `integrated_gradients`: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given.
+(a)     Captum as in its public examples: the unchanged eager torchvision model, parameters requiring gradients,
         ``attribute(x, target=t, n_steps=n, return_convergence_delta=True)``. It runs in a process of its own, since
         the allocator settings of `engine_loading` would make it faster than its users have it.
-(b)     Captum tuned by hand: parameters frozen, the TorchScript file, channels_last, ``internal_batch_size`` the best
-        of a few tried here.
+(b)     Captum tuned by hand: parameters frozen, the TorchScript file, channels_last, ``internal_batch_size`` the
+        best of a few tried here.
 
-Prints a table of medians and ratios and writes it as JSON, with peak memory, the share of time in convolutions, chunk
-sizes compared, and, on a GPU or with ``--gate-images``, the errors of quadrature and of each precision. ``--compiled``
-also compares one pass as it is run with the same pass as a compiled joint graph of forward and backward (torch.compile;
-on a CPU it needs a C++ compiler).
+Prints tables of medians and ratios and writes them as JSON: times, peak memory, the share of time in convolutions,
+chunk sizes and, on a GPU or with ``--gate-images``, the errors of quadrature and of each precision. ``--compiled`` also
+compares a pass with the same pass as a compiled joint graph of forward and backward (torch.compile; on a CPU it needs a
+C++ compiler).
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ from tools.shapes.dataset import view_pixels
 
 CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 9, 10, 13, 17, 25)
 GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
-# The precision gate on a GPU: images, steps, and the midpoint rule that stands for the integral.
+# The precision gate on a GPU: images, steps, and points of the midpoint rule that is the reference integral.
 PRECISION_IMAGES, PRECISION_STEPS, REFERENCE_STEPS = 8, 50, 2048
 UNLIKE_STEPS = (10, 20, 30, 50, 50, 80, 100, 200)
-# Gauss-Legendre's steps, and what reaches about their accuracy or is asked by it.
+# Steps of Gauss-Legendre, and rules and tolerances of about the same accuracy.
 ACCURATE_STEPS = 50
 ACCURATE: dict[str, dict[str, Any]] = {
     "calibrated, 20 steps": {"method": "calibrated", "n_steps": 20},
@@ -77,8 +77,8 @@ ACCURATE: dict[str, dict[str, Any]] = {
     "tolerance 0.02": {"tolerance": 0.02, "n_steps": 200},
 }
 ACCURATE_IMAGES = 4
-# Implementation, images, steps, requests one after the other: as many rows each, since an allocator's heap settles as
-# it is used.
+# Implementation, images, steps, requests one after the other. Cases of the engine have equally many rows, because an
+# allocator's heap changes with use.
 MEMORY_CASES = {
     "engine, 20 requests of 50 steps": ("engine", 1, 50, 20),
     "engine, 1 request of 1000 steps": ("engine", 1, 1000, 1),
@@ -151,16 +151,16 @@ class Contestants:
         self.places = list(range(batch))  # of the images, in that process
 
     def of_image(self, index: int) -> Contestants:
-        """The same over one of the images."""
-        one = copy.copy(self)
-        one.places = self.places[index : index + 1]
-        one.images, one.logits, one.targets = (
+        """The same implementations over one of the images."""
+        single = copy.copy(self)
+        single.places = self.places[index : index + 1]
+        single.images, single.logits, single.targets = (
             values[index : index + 1] for values in (self.images, self.logits, self.targets)
         )
-        return one
+        return single
 
     def jobs(self, steps: Sequence[int]) -> list[Job]:
-        """One job an image, with those steps."""
+        """One job for each image, with ``steps`` in order."""
         baseline = torch.zeros(SHAPE, device=self.device)
         return [
             Job(image, baseline, target, n, image_logits=logits, baseline_key="zero")
@@ -173,16 +173,16 @@ class Contestants:
         torch.stack([result.attributions for result in results]).cpu()
 
     def run_options(self, **options: Any) -> None:
-        """One image, with whatever options of a job."""
-        (found,) = explain(self.engine, [replace(self.jobs((1,))[0], **options)])
-        found.attributions.cpu()
+        """Explain the first image, with options of a job."""
+        (explanation,) = explain(self.engine, [replace(self.jobs((1,))[0], **options)])
+        explanation.attributions.cpu()
 
     def run_captum(self, batch: int, n_steps: int) -> None:
-        """(a)"""
+        """Implementation (a)."""
         self.captum.run(self.places[:batch], n_steps)
 
     def run_tuned(self, batch: int, n_steps: int) -> None:
-        """(b)"""
+        """Implementation (b)."""
         images = self.images[:batch].contiguous(memory_format=torch.channels_last)
         attributions, _ = captum.attr.IntegratedGradients(self.tuned_module).attribute(
             images,
@@ -205,7 +205,7 @@ class Contestants:
 
 
 def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table: median seconds of the three implementations, and ratios."""
     seconds = interleaved(
         {
             "engine": lambda: contestants.run_engine(batch, n_steps),
@@ -226,26 +226,26 @@ def compare(contestants: Contestants, batch: int, n_steps: int, repeats: int) ->
 
 
 def compare_accurate(contestants: Contestants, repeats: int) -> dict[str, Any]:
-    """What is as accurate as Gauss-Legendre's 50 steps (see ``make quality``), against Captum's 50 steps.
+    """Rules about as accurate as Gauss-Legendre's 50 steps (see ``make quality``), against Captum's 50 steps.
 
-    One image a call, several in turn: how many steps a tolerance takes depends on the image.
+    Each call explains one image, and several images take turns, because a tolerance's steps depend on the image.
     """
     seconds: dict[str, list[float]] = {}
     images = min(ACCURATE_IMAGES, len(contestants.images))
     for index in range(images):
-        one = contestants.of_image(index)
+        single = contestants.of_image(index)
         runs = {
-            "captum": partial(one.run_captum, 1, ACCURATE_STEPS),
-            "tuned": partial(one.run_tuned, 1, ACCURATE_STEPS),
-            **{name: partial(one.run_options, **options) for name, options in ACCURATE.items()},
+            "captum": partial(single.run_captum, 1, ACCURATE_STEPS),
+            "tuned": partial(single.run_tuned, 1, ACCURATE_STEPS),
+            **{name: partial(single.run_options, **options) for name, options in ACCURATE.items()},
         }
-        for name, taken in interleaved(runs, repeats).items():
-            seconds.setdefault(name, []).extend(taken)
+        for name, durations in interleaved(runs, repeats).items():
+            seconds.setdefault(name, []).extend(durations)
     return {"images": images, "median_seconds": medians(seconds)}
 
 
 def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
-    """A batch of unlike step counts against equal requests of as many rows in all."""
+    """A batch of different step counts against a batch of equal ones with as many rows in all."""
     rows = sum(UNLIKE_STEPS)
     equal = tuple(rows // 8 + (index < rows % 8) for index in range(8))
     seconds = interleaved(
@@ -264,7 +264,7 @@ def compare_unlike(contestants: Contestants, repeats: int) -> dict[str, Any]:
 
 
 def profile_engine(contestants: Contestants) -> dict[str, float]:
-    """Where the time of 50 steps goes, and at what rate they compute."""
+    """Share of time in convolutions, and GFLOP/s, of 50 steps."""
     activities = [ProfilerActivity.CPU]
     on_gpu = contestants.device.type == "cuda"
     if on_gpu:
@@ -298,12 +298,12 @@ def compare_chunk_sizes(contestants: Contestants, repeats: int) -> dict[str, flo
     """Median seconds of 100 steps at several ``max_rows``, interleaved."""
     sizes = CHUNK_SIZES if contestants.device.type == "cpu" else GPU_CHUNK_SIZES
     sized = {size: Contestants(contestants.device, contestants.precision, 1, size) for size in sizes}
-    seconds = interleaved({str(size): partial(own.run_engine, 1, 100) for size, own in sized.items()}, repeats)
+    seconds = interleaved({str(size): partial(sized[size].run_engine, 1, 100) for size in sizes}, repeats)
     return medians(seconds)
 
 
 def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]:
-    """Median seconds of one full chunk: as modules, as the engine runs it, and as one compiled joint graph."""
+    """Median seconds of one full chunk: without buffers, as the engine runs it, and as one compiled joint graph."""
     engine = contestants.engine
     count = engine.max_rows
     rows = example_rows(contestants, count)
@@ -326,8 +326,8 @@ def compare_precisions(
 ) -> dict[str, float]:
     """The precision gate: medians of relative L2 distances over a few images.
 
-    ``quadrature`` is the distance of float64 at the engine's nodes to the midpoint rule that stands for the integral;
-    each precision's figure is its own distance to float64 at the same nodes.
+    ``quadrature`` is the distance of float64 at the engine's nodes to the midpoint rule that is the reference integral.
+    The value of a precision is its distance to float64 at the same nodes.
     """
     precisions = PRECISIONS if device.type == "cuda" else ("ieee",)
     contestants = {precision: Contestants(device, precision, n_images) for precision in precisions}
@@ -339,25 +339,25 @@ def compare_precisions(
         job = Job(image, torch.zeros_like(image), target, n_steps)
         wide = replace(job, image=job.image.double(), baseline=job.baseline.double())
         integral = replace(wide, n_steps=reference, method="riemann_middle")
-        at_nodes, limit = (explain(exact, [each])[0].attributions for each in (wide, integral))
+        at_nodes, limit = (explain(exact, [job64])[0].attributions for job64 in (wide, integral))
         distances["quadrature"].append(relative_distance(at_nodes, limit))
         for precision in precisions:
-            allow_tf32(precision)  # a graph captured later must be captured under its own setting
-            (found,) = explain(contestants[precision].engine, [job])
-            distances[precision].append(relative_distance(found.attributions.double(), at_nodes))
+            allow_tf32(precision)  # graphs may be captured now, and must be under this setting
+            (explanation,) = explain(contestants[precision].engine, [job])
+            distances[precision].append(relative_distance(explanation.attributions.double(), at_nodes))
     return medians(distances)
 
 
 def measure_memory(device: torch.device, precision: str) -> dict[str, float]:
-    """Peak memory of each case in MB over what the loaded engine takes, in processes of their own, medians."""
-    seen: dict[str, list[float]] = {name: [] for name in MEMORY_CASES}
+    """Median peak memory of each case in MB above the loaded engine's, each measured in its own process."""
+    peaks: dict[str, list[float]] = {name: [] for name in MEMORY_CASES}
     for _ in range(MEMORY_REPEATS):
         for name, case in MEMORY_CASES.items():
             options = ["--device", str(device), "--precision", precision, "--memory-of", *map(str, case)]
             command = [sys.executable, "-m", "tools.bench.engine", *options]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            seen[name].append(float(found.split()[-1]))
-    return {name: statistics.median(megabytes) for name, megabytes in seen.items()}
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            peaks[name].append(float(printed.split()[-1]))
+    return {name: statistics.median(megabytes) for name, megabytes in peaks.items()}
 
 
 def print_peak(
@@ -376,7 +376,7 @@ def print_peak(
         torch.cuda.reset_peak_memory_stats()
         before: float = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident memory
         before = _peak_resident_mb()
     for _ in range(requests):
         run(batch, n_steps)
@@ -417,7 +417,7 @@ def _accurate_table(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _unlike_line(report: dict[str, Any]) -> Iterator[str]:
-    yield f"Unlike against equal requests of as many rows: {report['unlike']['ratio']:.3f} times the time."
+    yield f"Different against equal step counts with as many rows: {report['unlike']['ratio']:.3f} times the time."
 
 
 def _chunk_sizes_table(report: dict[str, Any]) -> Iterator[str]:
@@ -442,10 +442,10 @@ def _precision_table(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _profile_lines(report: dict[str, Any]) -> Iterator[str]:
-    found = report["profile"]
+    measured = report["profile"]
     yield (
-        f"{found['share_of_time_in_convolutions']:.0%} of the engine's time is in convolutions; it computes "
-        f"{found['achieved_gflop_per_second']:.0f} GFLOP/s."
+        f"{measured['share_of_time_in_convolutions']:.0%} of the engine's time is in convolutions; it computes "
+        f"{measured['achieved_gflop_per_second']:.0f} GFLOP/s."
     )
 
 
@@ -456,7 +456,7 @@ def _memory_table(report: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {megabytes:.0f} |"
 
 
-# What a report may have, and how it reads.
+# Part of a report -> lines of its Markdown.
 TABLES = {
     "rows": _rows_table,
     "accurate": _accurate_table,

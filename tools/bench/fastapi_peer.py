@@ -1,7 +1,7 @@
-"""The common way to serve explanations, kept as the peer that benchmarks measure against: FastAPI and Captum.
+"""The peer of the benchmarks, and a common way to serve explanations: FastAPI and Captum.
 
-Written as public examples are: the eager model as torchvision builds it, ``IntegratedGradients(model).attribute`` in a
-thread of its own for each request, attributions as a JSON list of floats.
+It is written like public examples: torchvision's eager model, ``IntegratedGradients(model).attribute`` in a thread for
+each request, attributions as a JSON list of floats.
 
     uvicorn tools.bench.fastapi_peer:app --port 8100
 """

@@ -17,11 +17,11 @@ from tools.evaluation.image_files import encode
 from tools.shapes.dataset import draw_view
 
 IMAGES = 8
-Ask = Callable[[int], int]  # about an image, by its number; returns the bytes of request and response
+Ask = Callable[[int], int]  # sends a request about an image, by its number; returns bytes of request and response
 
 
 def jpeg_images() -> list[bytes]:
-    """JPEG files of held-out scenes, as a phone's smallest pictures are."""
+    """JPEG files of held-out scenes, 224 x 224 pixels."""
     return [encode(_image(index), "JPEG", quality=90) for index in range(IMAGES)]
 
 
@@ -30,7 +30,7 @@ def _image(index: int) -> Image.Image:
 
 
 def image_tensor(*images: bytes) -> tritonclient.grpc.InferInput:
-    """The input of one request about image files."""
+    """The input tensor of one request with these image files."""
     tensor = tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")
     tensor.set_data_from_numpy(np.array(images, np.object_)[:, None])
     return tensor
@@ -55,7 +55,7 @@ def triton_asker(
 
 @dataclass
 class Block:
-    """What closed-loop clients saw."""
+    """Measurements of closed-loop clients: seconds and bytes of each request, and seconds of all."""
 
     seconds: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Block:
 
 
 def run_block(make_asker: Callable[[], Ask], clients: int, requests: int, most_seconds: float = float("inf")) -> Block:
-    """So many requests by clients that each ask the next as soon as they have an answer; fewer if time is over."""
+    """Send ``requests`` requests from clients in a closed loop; fewer if ``most_seconds`` are over."""
     block, lock = Block(), threading.Lock()
     numbers = iter(range(requests))
     failures: list[Exception] = []
@@ -78,9 +78,9 @@ def run_block(make_asker: Callable[[], Ask], clients: int, requests: int, most_s
                     return
                 started = time.perf_counter()
                 size = ask(number)
-                taken = time.perf_counter() - started
+                seconds = time.perf_counter() - started
                 with lock:
-                    block.seconds.append(taken)
+                    block.seconds.append(seconds)
                     block.sizes.append(size)
         except Exception as failure:
             failures.append(failure)
@@ -100,7 +100,7 @@ def run_block(make_asker: Callable[[], Ask], clients: int, requests: int, most_s
 
 @contextmanager
 def saturated(make_asker: Callable[[], Ask], clients: int) -> Iterator[None]:
-    """Clients that ask without a pause, each the next as soon as it has an answer."""
+    """Keep clients sending requests in a closed loop, without a pause."""
     is_over = threading.Event()
     failures: list[Exception] = []
 
@@ -116,7 +116,7 @@ def saturated(make_asker: Callable[[], Ask], clients: int) -> Iterator[None]:
     threads = [threading.Thread(target=work) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    time.sleep(3)  # all of them wait for gradients now
+    time.sleep(3)  # until all of them wait for gradients
     try:
         yield
     finally:

@@ -1,8 +1,7 @@
-"""What clients see at 1, 2, 5 and 10 times what the server can explain: ``python -m tools.bench.overload``.
+"""Answers and refusals at 1, 2, 5 and 10 times the server's capacity: ``python -m tools.bench.overload``.
 
-Requests for explanations come at a fixed rate, whatever becomes of those before (an open loop); beside them one client
-asks `classify` now and then. The server is this repository with a `max_wait_seconds` that a service would have. Prints
-a table, writes JSON.
+Requests for explanations are sent at a fixed rate, in an open loop; one client sends `classify` at intervals beside
+them. The server has a shorter `max_wait_seconds` than the default. Prints a table, writes JSON.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ N_STEPS = 20
 FACTORS = (1, 2, 5, 10)
 MAX_WAIT_SECONDS = 5.0
 CLASSIFY_EVERY = 0.5
-# Requests that capacity is measured by, before and after each factor: a machine's speed changes.
+# Requests that measure the capacity, before and after each factor, because a machine's speed changes.
 CAPACITY_REQUESTS = 24
 
 
 def with_settings(folder: Path, model: str, **settings: Any) -> Path:
-    """A model repository with the network of drawn shapes in which some of a model's parameters are others."""
+    """A model repository with the network of drawn shapes and other values for some parameters of a model."""
     repository = folder / "model_repository"
     known = repository_with("shapes")
     shutil.copytree(known, repository, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
@@ -56,8 +55,8 @@ def with_settings(folder: Path, model: str, **settings: Any) -> Path:
 
 
 @dataclass
-class Seen:
-    """What became of the requests of an open loop."""
+class Outcomes:
+    """Outcomes of the requests of an open loop."""
 
     offered: int = 0
     accepted: list[float] = field(default_factory=list)  # seconds
@@ -66,42 +65,42 @@ class Seen:
     elapsed: float = 0.0
 
 
-def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parameters: dict[str, Any]) -> Seen:
-    """Ask for explanations at a rate, and wait for the last of them."""
+def open_loop(url: str, images: list[bytes], rate: float, seconds: float, parameters: dict[str, Any]) -> Outcomes:
+    """Send requests for explanations at a rate, and wait for all answers."""
     client = tritonclient.grpc.InferenceServerClient(url)
     inputs = [image_tensor(image) for image in images]
     outputs = [tritonclient.grpc.InferRequestedOutput("SALIENCY")]
-    seen, done = Seen(), threading.Semaphore(0)
+    outcomes, done = Outcomes(), threading.Semaphore(0)
 
     def finish(started: float, result: Any, error: Any) -> None:
-        taken = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         if error is None:
-            seen.accepted.append(taken)
+            outcomes.accepted.append(seconds)
         else:
-            seen.refused.append(taken)
+            outcomes.refused.append(seconds)
             message = re.sub(r"[\d.]+", "N", error.message())
-            seen.errors[f"{str(error.status()).removeprefix('StatusCode.')} {message}"] += 1
+            outcomes.errors[f"{str(error.status()).removeprefix('StatusCode.')} {message}"] += 1
         done.release()
 
     started = time.perf_counter()
     while (now := time.perf_counter()) < started + seconds:
         client.async_infer(
             "explain",
-            [inputs[seen.offered % len(inputs)]],
+            [inputs[outcomes.offered % len(inputs)]],
             lambda result, error, now=now: finish(now, result, error),
             outputs=outputs,
             parameters=parameters,
         )
-        seen.offered += 1
-        time.sleep(max(0.0, started + seen.offered / rate - time.perf_counter()))
-    for _ in range(seen.offered):
+        outcomes.offered += 1
+        time.sleep(max(0.0, started + outcomes.offered / rate - time.perf_counter()))
+    for _ in range(outcomes.offered):
         done.acquire()
-    seen.elapsed = time.perf_counter() - started
-    return seen
+    outcomes.elapsed = time.perf_counter() - started
+    return outcomes
 
 
 def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
-    """From explanations' first gradients to their last, in the server's own histogram: counts by end, and seconds."""
+    """The server's histogram of compute times: cumulative counts by upper bound, and the sum in seconds."""
     series = settled_metrics(server)
     ends: Counter[float] = Counter()
     for name, labels, value in series:
@@ -111,7 +110,7 @@ def computing(server: EmbeddedServer) -> tuple[Counter[float], float]:
 
 
 def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) -> dict[str, Any]:
-    """What a prediction takes when nothing else is there, and a row for each factor of the capacity."""
+    """Seconds of predictions on an idle server, and a row for each factor of the capacity."""
     images, url = jpeg_images(), server.grpc_url
     parameters = {"n_steps": N_STEPS}
     explaining = lambda: triton_asker(url, "explain", images, ("SALIENCY",), parameters)  # noqa: E731
@@ -145,7 +144,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
         thread.start()
         ends_before, seconds_before = computing(server)
         with memory_sampler(server.process.pid) as memory:
-            seen = open_loop(url, images, factor * capacity_before, seconds, parameters)
+            outcomes = open_loop(url, images, factor * capacity_before, seconds, parameters)
         ends, computed = computing(server)
         ends.subtract(ends_before)
         is_over.set()
@@ -155,13 +154,13 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
             {
                 "factor": factor,
                 "capacity": (capacity_before + capacity_after) / 2,
-                "offered": seen.offered,
-                "accepted_seconds": distribution(seen.accepted),
-                "refused_seconds": distribution(seen.refused),
-                "errors": dict(seen.errors),
+                "offered": outcomes.offered,
+                "accepted_seconds": distribution(outcomes.accepted),
+                "refused_seconds": distribution(outcomes.refused),
+                "errors": dict(outcomes.errors),
                 "computing_mean_seconds": (computed - seconds_before) / max(1, ends[np.inf]),
                 "computing_p99_at_most": min(end for end, count in ends.items() if count >= 0.99 * ends[np.inf]),
-                "accepted_per_second": len(seen.accepted) / seen.elapsed,
+                "accepted_per_second": len(outcomes.accepted) / outcomes.elapsed,
                 "classify_seconds": distribution(predictions),
                 "classify_failures": len(failures),
                 "memory_mb": max(memory.samples),
@@ -172,7 +171,7 @@ def measure(server: EmbeddedServer, factors: tuple[float, ...], seconds: float) 
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """A Markdown table of the rows, and the error messages."""
     idle = 1e3 * report["classify_idle_seconds"]["p95"]
     lines = [
         f"Capacity in explanations of {N_STEPS} steps a second, mean of before and after; `classify` idle p95 "
@@ -210,12 +209,12 @@ def main() -> None:
     folder = OUTPUTS / "bench" / "overload"
     repository = with_settings(folder, "integrated_gradients", max_wait_seconds=arguments.max_wait_seconds)
     with EmbeddedServer(repository, Ports.free(), log_file=folder / "triton.log") as server:
-        found = measure(server, tuple(arguments.factors), arguments.seconds)
+        measured = measure(server, tuple(arguments.factors), arguments.seconds)
     report = {
         "command": " ".join(["python -m tools.bench.overload", *sys.argv[1:]]),
         "machine": describe_machine(),
         "max_wait_seconds": arguments.max_wait_seconds,
-        **found,
+        **measured,
     }
     write_report(report, table(report), arguments.out)
 

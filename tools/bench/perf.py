@@ -1,9 +1,9 @@
-"""The real perf_analyzer against a served model: ``python -m tools.bench.perf explain --concurrency-range 1:4``.
+"""perf_analyzer against a served model: ``python -m tools.bench.perf explain --concurrency-range 1:4``.
 
-The tritonclient wheel brings the binary; two libraries that it wants lie in the embedded server's wheel under other
-names. This finds and links them, writes JPEG images as input data, and passes every further option on. It measures a
-server that runs (``-u HOST:PORT``), or starts one for the run. `explain_stream` is measured as a stream is, and its
-report read from the profile export, since what perf_analyzer prints of a stream is its last response.
+The tritonclient wheel contains the binary. Two libraries that it needs are in the embedded server's wheel under other
+names. This links them, writes JPEG images as input data, and passes all other options on. It measures a running server
+(``-u HOST:PORT``), or starts one. `explain_stream` is measured with streaming; its report is read from the profile
+export, because perf_analyzer prints only the last response of a stream.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports, wheel_folder
 
 MODELS = ("classify", "explain", "explain_stream")
-# Names that perf_analyzer wants, and how the wheel's begin.
+# Names that perf_analyzer needs -> beginnings of the names in the wheel.
 LIBRARIES = {"libb64.so.0d": "libb64-", "libcudart.so.12": "libcudart-"}
 USAGE = f"usage: python -m tools.bench.perf {{{','.join(MODELS)}}} [options of perf_analyzer ...]"
 
@@ -41,8 +41,8 @@ def run(
     Args:
         model: one of ``MODELS``.
         url: host and gRPC port.
-        options: of perf_analyzer, passed on as they are.
-        quiet: keep what it prints instead of showing it.
+        options: options of perf_analyzer.
+        quiet: capture its output instead of showing it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "input.json"
@@ -52,7 +52,7 @@ def run(
     command = [str(Path(sys.executable).with_name("perf_analyzer")), "-m", model, "-u", url, "-i", "grpc"]
     command += ["--input-data", str(data), "-f", str(folder / f"{model}.csv")]
     profile = folder / f"{model}.json"
-    profile.unlink(missing_ok=True)  # it does not write over one
+    profile.unlink(missing_ok=True)  # perf_analyzer does not overwrite it
     command += ["--profile-export-file", str(profile)]
     if model == "explain_stream":
         command += ["--streaming", "--async"]
@@ -79,10 +79,10 @@ def _as_input(image: bytes) -> str:
 def read_profile(file: Path) -> list[dict[str, Any]]:
     """For each load of a profile export: requests, and milliseconds to the first and the last response.
 
-    ``first_ms`` and ``last_ms`` have p50, p95 and p99; they are the same but for streams.
+    ``first_ms`` and ``last_ms`` are p50, p95 and p99. They differ only for streams.
     """
-    found = []
-    # It repeats the images, as bytes that are no text.
+    loads = []
+    # The file repeats the images, as bytes that are not text.
     content = json.loads(file.read_text(errors="replace"), strict=False)
     for experiment in content["experiments"]:
         requests = experiment["requests"]
@@ -94,7 +94,7 @@ def read_profile(file: Path) -> list[dict[str, Any]]:
             ]
         )
         percentiles = np.percentile(waits / 1e6, (50, 95, 99), axis=0).round(1)
-        found.append(
+        loads.append(
             {
                 "load": experiment["experiment"],
                 "requests": len(requests),
@@ -102,7 +102,7 @@ def read_profile(file: Path) -> list[dict[str, Any]]:
                 "last_ms": percentiles[:, 1].tolist(),
             }
         )
-    return found
+    return loads
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     else:
         with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=folder / "triton.log") as server:
             code = run(model, server.grpc_url, options, folder).returncode
-    # Of other models it prints all there is, and their export, of all outputs, ends where one of them is NaN.
+    # For other models it prints all results, and their export contains all outputs and is cut off at the first NaN.
     if code == 0 and model == "explain_stream":
         for entry in read_profile(folder / f"{model}.json"):
             print(json.dumps(entry))

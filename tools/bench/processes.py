@@ -1,4 +1,4 @@
-"""What processes hold, by what the kernel says of them, and sampled while something else goes on."""
+"""Memory of processes, from /proc, and samples of it during a benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Sampler:
-    """Calls a function every so many seconds, from now to the end, in a thread; ``samples`` are what it returned."""
+    """Calls ``take`` every ``every`` seconds in a thread while the context is open; ``samples`` are its results."""
 
     def __init__(self, take: Callable[[], Any], every: float) -> None:
         self._take, self._every = take, every
@@ -33,7 +33,7 @@ class Sampler:
 
 
 def session(leader: int) -> Iterator[int]:
-    """The processes of a session."""
+    """Process numbers of a session."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[3]) == leader:
@@ -43,9 +43,9 @@ def session(leader: int) -> Iterator[int]:
 
 
 def own_mb(process: int) -> float:
-    """Memory that is no mapped file.
+    """A process's memory in MB without mapped files.
 
-    As the kernel keeps it counted: to add up shares of pages would take a tenth of the machine.
+    It is the kernel's own count: adding up shares of pages would take a tenth of the machine.
     """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()

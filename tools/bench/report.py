@@ -1,4 +1,4 @@
-"""The report of ``make bench``: headlines, tables and plots of everything that was measured."""
+"""The report of ``make bench``: headlines, tables and plots of all measured parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.evaluation.measuring import machine_line
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-LABELS = {"idle": "nobody else there", "saturated": "beside them"}
+LABELS = {"idle": "idle server", "saturated": "under load"}
 COLOURS = ("#8d99ae", "#30638e", "#d1495b", "#edae49", "#66a182", "#003d5b", "#b5838d")
 # TorchServe's own explainer, from its source and not measured: pytorch/serve, ts/torch_handler/vision_handler.py and
 # base_handler.py at 05c4c63.
@@ -29,7 +29,7 @@ TORCHSERVE = (
 
 
 def headlines(report: dict[str, Any]) -> Iterator[str]:
-    """What the measurements come to, a sentence each."""
+    """The main results, a sentence each."""
     if rows := report.get("throughput"):
         clients = max(row["clients"] for row in rows if row["clients"] in (4, 8, 32))
         base = next(row for row in rows if row["contender"] == server.PEER and row["clients"] == clients)
@@ -46,10 +46,10 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
                 f"of {server.N_STEPS} steps a second as the peer at {clients} clients."
             )
     if accuracy := report.get("accuracy"):
-        told = (f"{name} {np.median(errors):.4f}" for name, errors in accuracy.items())
-        yield f"Their relative errors, medians of {len(accuracy[server.PEER])} images: {'; '.join(told)}."
-    for name, found in report.get("isolation", {}).items():
-        idle, loaded = (1e3 * np.percentile(found[key], 95) for key in ("idle", "saturated"))
+        errors_by_name = (f"{name} {np.median(errors):.4f}" for name, errors in accuracy.items())
+        yield f"Their relative errors, medians of {len(accuracy[server.PEER])} images: {'; '.join(errors_by_name)}."
+    for name, seconds in report.get("isolation", {}).items():
+        idle, loaded = (1e3 * np.percentile(seconds[key], 95) for key in ("idle", "saturated"))
         yield f"p95 of {name}: {loaded:.0f} ms, {loaded / idle:.2f} times its idle {idle:.0f} ms."
     if shares := report.get("shares"):
         outside = shares["outside_networks_ms"]
@@ -72,14 +72,14 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
             f"{engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
         )
     if " beside " not in report["machine"]["hardware"]:
-        yield "GPU: missing; no figure here is of one."
+        yield "No figure here was measured on a GPU."
 
 
-def cost_table(found: dict[str, Any]) -> str:
-    """What an explanation costs in arithmetic, in Markdown."""
-    row = found["profile"]["gflop_per_row"]
+def cost_table(measured: dict[str, Any]) -> str:
+    """A Markdown table of an explanation's arithmetic."""
+    row = measured["profile"]["gflop_per_row"]
     lines = ["| steps | GFLOP | seconds | GFLOP/s |", "|---|---|---|---|"]
-    for cell in found["rows"]:
+    for cell in measured["rows"]:
         seconds = cell["median_seconds"]["engine"]
         work = cell["n_steps"] * cell["batch"] * row
         lines.append(f"| {cell['n_steps']} | {work:.0f} | {seconds:.2f} | {work / seconds:.0f} |")
@@ -98,7 +98,7 @@ SECTIONS: tuple[Section, ...] = (
     (
         "engine",
         "The engine against Captum, in one process",
-        lambda found: f"{engine.table(found)}\n\n{cost_table(found)}",
+        lambda measured: f"{engine.table(measured)}\n\n{cost_table(measured)}",
     ),
     ("sampling", "Gradients against sampling", sampling.table),
     ("analyzer", "perf_analyzer", analyzer.table),
@@ -113,9 +113,9 @@ def markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
     for name, title, table in SECTIONS:
         if name in report:
             lines += ["", f"## {title}", ""]
-            own = report["measured"][name]
-            if own["command"] != report["command"] or own["machine"] != report["machine"]:
-                lines += [f"*By {_origin(own)}.*", ""]
+            origin = report["measured"][name]
+            if origin["command"] != report["command"] or origin["machine"] != report["machine"]:
+                lines += [f"*By {_origin(origin)}.*", ""]
             if name in pictures:
                 lines += [f"![{title}]({pictures[name]})", ""]
             lines.append(table(report[name]))
@@ -123,21 +123,21 @@ def markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
 
 
 def _origin(measured: dict[str, Any]) -> str:
-    """By what, how long and on what something was measured."""
+    """Command, duration and machine of a measurement."""
     return f"`{measured['command']}`, {measured['minutes']:.0f} minutes: {machine_line(measured['machine'])}"
 
 
 def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Draw the plots of what was measured; section -> name of its file."""
-    found = {}
+    """Draw the plots of the measured sections; returns section -> name of its file."""
+    files = {}
     for name, plot in PLOTS.items():
         if name in report:
             figure = plot(report[name])
             figure.tight_layout()
-            found[name] = f"{name}.png"
-            figure.savefig(folder / found[name], dpi=110)
+            files[name] = f"{name}.png"
+            figure.savefig(folder / files[name], dpi=110)
             plt.close(figure)
-    return found
+    return files
 
 
 def _plot_throughput(rows: list[dict[str, Any]]) -> Figure:
@@ -147,11 +147,11 @@ def _plot_throughput(rows: list[dict[str, Any]]) -> Figure:
     counts = list(dict.fromkeys(row["clients"] for row in rows))
     width = 0.8 / len(contenders)
     for number, (contender, colour) in enumerate(zip(contenders, COLOURS)):
-        own = [row for row in rows if row["contender"] == contender]
-        places = np.array([counts.index(row["clients"]) for row in own]) + number * width
-        axes[0].bar(places, [row["per_second"] for row in own], width, color=colour, label=contender)
-        medians = [np.median(row["seconds"]) for row in own]
-        highs = [np.percentile(row["seconds"], 95) for row in own]
+        bars = [row for row in rows if row["contender"] == contender]
+        places = np.array([counts.index(row["clients"]) for row in bars]) + number * width
+        axes[0].bar(places, [row["per_second"] for row in bars], width, color=colour, label=contender)
+        medians = [np.median(row["seconds"]) for row in bars]
+        highs = [np.percentile(row["seconds"], 95) for row in bars]
         axes[1].bar(places, medians, width, color=colour)
         axes[1].vlines(places, medians, highs, color="#333333", linewidth=1)
     axes[0].set(ylabel="explanations a second", xlabel="clients")
@@ -168,9 +168,9 @@ def _plot_throughput(rows: list[dict[str, Any]]) -> Figure:
 
 def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.8 * len(isolation)))
-    for place, found in enumerate(isolation.values()):
+    for place, seconds in enumerate(isolation.values()):
         for offset, (key, colour) in enumerate((("idle", COLOURS[1]), ("saturated", COLOURS[2]))):
-            value = 1e3 * np.percentile(found[key], 95)
+            value = 1e3 * np.percentile(seconds[key], 95)
             axis.barh(place + 0.35 * offset, value, 0.33, color=colour, label=LABELS[key] if not place else None)
             axis.annotate(
                 f"{value:.0f} ms", (value, place + 0.35 * offset), (4, -3), textcoords="offset points", fontsize=8
@@ -183,9 +183,9 @@ def _plot_isolation(isolation: dict[str, dict[str, list[float]]]) -> Figure:
     return figure
 
 
-def _plot_shares(found: dict[str, Any]) -> Figure:
+def _plot_shares(measured: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(9, 2.6))
-    shares = found["shares_ms"]
+    shares = measured["shares_ms"]
     outside = {name: value for name, value in shares.items() if name != "gradients"}
     for axis, values, title in ((axes[0], shares, "all"), (axes[1], outside, "outside the gradients")):
         left = 0.0
@@ -200,26 +200,27 @@ def _plot_shares(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _plot_scaling(found: dict[str, dict[Any, list[float]]]) -> Figure:
-    figure, axes = plt.subplots(1, len(found), figsize=(11, 3.2))
+def _plot_scaling(seconds: dict[str, dict[Any, list[float]]]) -> Figure:
+    figure, axes = plt.subplots(1, len(seconds), figsize=(11, 3.2))
     titles = {"steps": "steps", "batch": "images in a request", "side": "side of the image, pixels"}
-    for axis, (kind, values) in zip(axes, found.items()):
+    for axis, (kind, values) in zip(axes, seconds.items()):
         places = [int(value) for value in values]
-        axis.plot(places, [1e3 * np.median(each) for each in values.values()], "o-", color=COLOURS[1])
+        axis.plot(places, [1e3 * np.median(times) for times in values.values()], "o-", color=COLOURS[1])
         axis.set(xlabel=titles[kind], ylabel="ms, median", ylim=0)
         axis.grid(alpha=0.3)
     return figure
 
 
-def _plot_sampling(found: dict[str, Any]) -> Figure:
-    maps = {name: values for name, values in found["maps"].items() if name != "random"}
+def _plot_sampling(measured: dict[str, Any]) -> Figure:
+    maps = {name: values for name, values in measured["maps"].items() if name != "random"}
+    random_area = np.mean(measured["maps"]["random"]["deletion"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.35 * len(maps)), sharey=True)
     colours = [COLOURS[2] if name.startswith("Integrated") else COLOURS[1] for name in maps]
     axes[0].barh(list(maps), [float(np.median(values["seconds"])) for values in maps.values()], color=colours)
     axes[0].set(xlabel="seconds an image")
     axes[1].barh(list(maps), [float(np.mean(values["deletion"])) for values in maps.values()], color=colours)
-    axes[1].axvline(np.mean(found["maps"]["random"]["deletion"]), color="#666666", linestyle=":", label="random pixels")
-    axes[1].set(xlabel="deletion area: low where what is shown matters")
+    axes[1].axvline(random_area, color="#666666", linestyle=":", label="random pixels")
+    axes[1].set(xlabel="deletion area: lower is better")
     axes[1].legend(frameon=False, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].tick_params(axis="y", labelsize=8)

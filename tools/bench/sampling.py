@@ -1,7 +1,7 @@
 """Gradients against sampling: Captum's LIME and KernelSHAP over superpixels, on the same network and images.
 
-For each map: the time of an image, whether taking away what it calls salient changes the prediction (deletion and
-insertion areas), and how much of it lies on the shape that the generator drew. `python -m tools.bench.sampling`
+For each map: the time of an image, deletion and insertion areas, and how much of the map lies on the drawn shape:
+`python -m tools.bench.sampling`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tools.export import load_source
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import draw_view, view_pixels
 
-# Held-out images that nothing else here uses.
+# Held-out images that no other tool uses.
 FIRST_VIEW = 2000
 SUPERPIXELS = 50
 SAMPLES = (200, 1000)
@@ -50,7 +50,7 @@ def superpixels(pixels: Tensor) -> Tensor:
 
 
 class Maps:
-    """Every way to explain an image, by name."""
+    """Methods to explain an image, by name."""
 
     def __init__(self, device: torch.device, samples: tuple[int, ...]) -> None:
         self.engine = load_engine(device, "tf32")
@@ -64,26 +64,27 @@ class Maps:
         self.makers["random"] = lambda image, target: torch.rand(image.shape[1:])
 
     def _gradients(self, options: dict[str, Any], image: Tensor, target: int) -> Tensor:
-        (found,) = explain(self.engine, [Job(image, torch.zeros_like(image), target, baseline_key="zero", **options)])
-        return found.attributions.sum(dim=0).cpu()
+        job = Job(image, torch.zeros_like(image), target, baseline_key="zero", **options)
+        (explanation,) = explain(self.engine, [job])
+        return explanation.attributions.sum(dim=0).cpu()
 
     @torch.no_grad()
     def _sampled(self, method: type, count: int, image: Tensor, target: int) -> Tensor:
-        found = method(self.eager).attribute(
+        attributions = method(self.eager).attribute(
             image[None],
             target=target,
             feature_mask=superpixels(image)[None],
             n_samples=count,
             perturbations_per_eval=PERTURBATIONS,
         )
-        return found[0, 0].cpu()  # the same in each channel
+        return attributions[0, 0].cpu()  # the same in each channel
 
 
 def measure(device: torch.device, images: int, samples: tuple[int, ...] = SAMPLES) -> dict[str, Any]:
-    """name -> key -> one number for each image."""
+    """Number of images and superpixels; for each map by name, lists of one value for each image."""
     torch.manual_seed(0)
     maps = Maps(device, samples)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in maps.makers}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in maps.makers}
     for view in tqdm(range(FIRST_VIEW, FIRST_VIEW + images), desc="images"):
         image = view_pixels("test", [view])[0].to(device)
         with torch.no_grad():
@@ -102,19 +103,19 @@ def measure(device: torch.device, images: int, samples: tuple[int, ...] = SAMPLE
                 "top_share_inside": share_inside(array, mask),
                 "peak_inside": float(peak_inside(array, mask)),
             }.items():
-                found[name].setdefault(key, []).append(value)
-    return {"images": images, "superpixels": SUPERPIXELS, "maps": found}
+                values[name].setdefault(key, []).append(value)
+    return {"images": images, "superpixels": SUPERPIXELS, "maps": values}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown."""
+def table(measured: dict[str, Any]) -> str:
+    """A Markdown table of the maps."""
     lines = [
-        f"{found['images']} held-out images, about {found['superpixels']} superpixels by SLIC; means but for the time:",
+        f"{measured['images']} held-out images, about {measured['superpixels']} superpixels (SLIC); means:",
         "",
         "| map | time, median | deletion area (low) | insertion area (high) | top 1 % on the shape | peak on it |",
         "|---|---|---|---|---|---|",
     ]
-    for name, values in found["maps"].items():
+    for name, values in measured["maps"].items():
         deletion, insertion, top, peak = (
             np.mean(values[key]) for key in ("deletion", "insertion", "top_share_inside", "peak_inside")
         )

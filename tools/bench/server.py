@@ -1,14 +1,14 @@
 """``make bench-server``: the whole server against a FastAPI service around Captum, over the wire, on this machine.
 
-Closed-loop clients ask both for explanations of the same images by the same weights, in blocks that take turns:
+Closed-loop clients request explanations of the same images with the same weights from both, in blocks that take turns:
 
 FastAPI + Captum   `tools/bench/fastapi_peer.py`, 50 steps, JSON back.
-explain            the ensemble over gRPC at 50 steps, and at about as accurate ones (``make quality``): 16 calibrated
-                   steps, and a tolerance of 0.02. Wanted are the attributions, as there. Then what most would ask
-                   for: a tolerance of 0.05 and the heatmap alone.
+explain            the ensemble over gRPC, also with attributions: at 50 steps, and about as accurate (``make quality``)
+                   with 13 or 16 calibrated steps or a tolerance of 0.02. Then a tolerance of 0.05 with the heatmap
+                   alone, the typical request.
 
-For each number of clients: explanations a second, latencies, bytes on the wire, the servers' memory. Then what a
-prediction, and a short explanation, wait for beside many long ones. Prints tables, writes JSON.
+For each number of clients: explanations a second, latencies, bytes on the wire, the servers' memory. Then latencies of
+a prediction, and of a short explanation, beside many long ones. Prints tables, writes JSON.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from tools.triton.options import LOCALHOST
 
 N_STEPS = 50
 PEER = f"FastAPI + Captum, {N_STEPS} steps"
-# Requests of the first block of a contender serve as warm-up.
+# Requests of a contender before its first measured block.
 WARM_UPS = 2
 ATTRIBUTIONS, HEATMAP = ("PROBABILITIES", "ATTRIBUTIONS", "CONVERGENCE_DELTA"), ("PROBABILITIES", "HEATMAP")
 CONTENDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     f"explain, {N_STEPS} steps": (ATTRIBUTIONS, {"n_steps": N_STEPS}),
-    # As accurate as the peer at the median (`measure_accuracy`), and more so.
+    # As accurate as the peer at the median (`measure_accuracy`), and more accurate.
     "explain, calibrated, 13 steps": (ATTRIBUTIONS, {"method": "calibrated", "n_steps": 13}),
     "explain, calibrated, 16 steps": (ATTRIBUTIONS, {"method": "calibrated", "n_steps": 16}),
     "explain, tolerance 0.02": (ATTRIBUTIONS, {"tolerance": "0.02"}),
     "explain, tolerance 0.05, heatmap": (HEATMAP, {"tolerance": "0.05"}),
 }
-# Rounds in which contenders take turns at so many clients, where the claims are; elsewhere one.
+# Number of clients -> rounds in which contenders take turns, more for the figures in the documents; else one.
 ROUNDS = {8: 3, 32: 3}
-# The integral that answers are compared with: by the law of the calibrated rule's error, within 2e-4.
+# Reference for accuracy: its own error is within 2e-4, by the calibrated rule's error law.
 REFERENCE = {"method": "calibrated", "n_steps": 160}
-# What saturates: clients and the steps of each of their requests. The long ones are fewer, for their end is waited for.
+# Background load: clients and steps of their requests. There are fewer long ones, since the benchmark awaits their end.
 SATURATING_CLIENTS, SATURATING_STEPS = 8, 200
 LONG_CLIENTS, LONG_STEPS, SHORT_STEPS = 4, 500, 20
 
 
 class PeerService:
-    """The peer in a process of its own, with uvicorn's defaults."""
+    """The peer in its own process, with uvicorn's defaults."""
 
     def __init__(self) -> None:
         self.url = f"http://{LOCALHOST}:{Ports.free().http}"
@@ -89,7 +89,7 @@ class PeerService:
             image = images[number % len(images)]
             answer = client.post(f"{self.url}/{path}", content=image)
             answer.raise_for_status()
-            answer.json()  # what came is of use only as numbers
+            answer.json()  # a client needs the numbers, so parsing counts
             return len(image) + len(answer.content)
 
         return ask
@@ -98,7 +98,7 @@ class PeerService:
 def measure_throughput(
     service: PeerService, server: EmbeddedServer, images: list[bytes], clients: list[int], seconds: float
 ) -> list[dict[str, Any]]:
-    """A row for each contender and number of clients; contenders take turns, ``ROUNDS`` times where that is said."""
+    """A row for each contender and number of clients; contenders take turns, in ``ROUNDS`` rounds."""
     askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
     for name, (outputs, parameters) in CONTENDERS.items():
         askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
@@ -127,8 +127,8 @@ def measure_throughput(
 
 
 def measure_accuracy(service: PeerService, server: EmbeddedServer, images: list[bytes]) -> dict[str, list[float]]:
-    """Relative L2 errors of the attributions that each contender answers, one for each image."""
-    found: dict[str, list[float]] = {}
+    """Relative L2 errors of each contender's attributions, one for each image."""
+    errors: dict[str, list[float]] = {}
     with httpx.Client(timeout=600) as http, tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
 
         def explain(image: bytes, parameters: dict[str, Any]) -> Tensor:
@@ -143,12 +143,12 @@ def measure_accuracy(service: PeerService, server: EmbeddedServer, images: list[
             answers = {PEER: torch.tensor(answer.json()["attributions"])}
             answers |= {name: explain(image, parameters) for name, (_, parameters) in CONTENDERS.items()}
             for name, attributions in answers.items():
-                found.setdefault(name, []).append(relative_distance(attributions, integral))
-    return found
+                errors.setdefault(name, []).append(relative_distance(attributions, integral))
+    return errors
 
 
 def accuracy_table(accuracy: dict[str, list[float]]) -> str:
-    """Markdown."""
+    """A Markdown table of the errors."""
     images = len(accuracy[PEER])
     lines = [
         f"Relative L2 distance of attributions from those of {REFERENCE['n_steps']} calibrated steps, {images} images:",
@@ -170,7 +170,7 @@ def measure_isolation(
     saturating_steps: int = SATURATING_STEPS,
     long_steps: int = LONG_STEPS,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of so many calls with nobody else there, and beside saturated explanations; fewer in time."""
+    """Seconds of up to ``calls`` calls, for at most ``seconds``, on an idle server and under a load of explanations."""
     url = server.grpc_url
 
     def explaining(outputs: tuple[str, ...], n_steps: int) -> Callable[[], Ask]:
@@ -193,24 +193,24 @@ def measure_isolation(
             LONG_CLIENTS,
         ),
     }
-    found: dict[str, dict[str, list[float]]] = {}
+    measured: dict[str, dict[str, list[float]]] = {}
     for name, (ask, beside, clients) in tqdm(contenders.items(), desc="isolation"):
         run_block(ask, 1, 3)
         idle = run_block(ask, 1, calls, seconds).seconds
         with saturated(beside, clients):
             loaded = run_block(ask, 1, calls, seconds).seconds
-        found[name] = {"idle": idle, "saturated": loaded}
-    return found
+        measured[name] = {"idle": idle, "saturated": loaded}
+    return measured
 
 
 def times_peer(rows: list[dict[str, Any]]) -> list[float]:
-    """Explanations a second of each row, as times the peer's with as many clients."""
+    """Explanations a second of each row, as a multiple of the peer's with as many clients."""
     base = {row["clients"]: row["per_second"] for row in rows if row["contender"] == PEER}
     return [row["per_second"] / base[row["clients"]] for row in rows]
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """A Markdown table of the rows."""
     lines = [
         "| clients | | explanations a second | times the peer | p50 | p95 | p99 | bytes | server memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -228,18 +228,18 @@ def throughput_table(rows: list[dict[str, Any]]) -> str:
 
 
 def isolation_table(isolation: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown."""
+    """A Markdown table of latencies, idle and under load."""
     lines = [
         "| calls; what runs beside them | idle p50 / p95 / p99 | beside it | p95, times idle |",
         "|---|---|---|---|",
     ]
-    for name, found in isolation.items():
+    for name, seconds in isolation.items():
         cells = [
             " / ".join(f"{1e3 * np.percentile(values, part):.0f}" for part in (50, 95, 99)) + " ms"
-            for values in found.values()
+            for values in seconds.values()
         ]
-        ratio = np.percentile(found["saturated"], 95) / np.percentile(found["idle"], 95)
-        calls = " and ".join(str(len(values)) for values in found.values())
+        ratio = np.percentile(seconds["saturated"], 95) / np.percentile(seconds["idle"], 95)
+        calls = " and ".join(str(len(values)) for values in seconds.values())
         lines.append(f"| {name}, {calls} calls | {cells[0]} | {cells[1]} | {ratio:.2f} |")
     return "\n".join(lines)
 

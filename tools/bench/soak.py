@@ -1,8 +1,8 @@
-"""Half an hour of everything at once: ``python -m tools.bench.soak``.
+"""Half an hour of mixed requests: ``python -m tools.bench.soak``.
 
-Requests of all kinds come at random times, a little less than the machine can do, 5 % of them malformed, 5 % cancelled
-on the way. Every request is accounted for, answers are compared with those of an idle server, and the server's memory,
-threads, open files and shared memory are watched. Exit status 1 if anything was not as it should be. Writes JSON.
+Requests of all kinds are sent at random times, at a rate a little below the machine's capacity; 5 % are malformed and
+5 % are cancelled. Every request is accounted for, answers are compared with those of an idle server, and the server's
+memory, threads, open files and shared memory are sampled. Exit status 1 if a check fails. Writes JSON.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 from tools.triton.process import SHARED_MEMORY
 
-# Gradients a second that are asked, on average; 2 CPU cores take some 21 beside all else.
+# Gradients a second requested on average; 2 CPU cores compute about 21 besides all else.
 GRADIENTS_PER_SECOND = 19.0
 WORKERS = 16
 WATCH_EVERY = 5.0
-# An answer may differ from that of an idle server by the rounding of other chunk sizes.
+# Most relative distance of an answer to an idle server's: chunk sizes change rounding.
 LARGEST_DISTANCE = 1e-4
-# What may grow from the second fifth of the time to the last. Shared memory grows with the longest queue so far.
+# Most growth from the second fifth of the time to the last. Shared memory grows with the longest queue so far.
 MOST_GROWTH = {"memory_mb": 120, "threads": 8, "files": 16, "shared_mb": 16}
 
 # Kind -> its share of the requests, gradients it takes about, and its parameters.
@@ -68,7 +68,7 @@ MALFORMED: tuple[tuple[bytes, dict[str, Any]], ...] = (
     (b"\xff\xd8\xff\xe0" + bytes(100), {}),
     (b"", {"n_steps": 0}),
 )
-# Their answers are the same whenever they are asked.
+# Kinds whose answers do not depend on timing.
 COMPARED = (
     "explain, 8 steps",
     "explain, 20 steps",
@@ -76,18 +76,18 @@ COMPARED = (
     "explain, noise",
     "stream",
 )
-# What brings the server's memory to what it needs for full batches, before it is watched.
+# Kinds that bring the server's memory to its size for full batches, before it is sampled.
 WARMING = ("classify", "explain, 8 steps", "explain, noise", "explain, deadline", "stream")
 
 
 class Traffic:
-    """The requests, what became of them, and what should have."""
+    """Sends requests and records their outcomes, latencies and faults."""
 
     def __init__(self, url: str, images: list[bytes], seed: int = 0) -> None:
         self.url, self.images = url, images
         self._random = random.Random(seed)
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        self.latencies: list[tuple[float, str, float]] = []  # when, kind, seconds
+        self.latencies: list[tuple[float, str, float]] = []  # seconds from the start, kind, seconds taken
         self.distances: list[float] = []
         self.wrong: list[str] = []
         self._lock = threading.Lock()
@@ -111,18 +111,21 @@ class Traffic:
             saliency = last.saliency
         else:
             saliency = self._client().explain(self.images[index], **parameters).saliency
-        assert saliency is not None  # it is asked for unless something else is wanted
+        assert saliency is not None  # it is requested by default
         return saliency
 
     def warm_up(self) -> None:
-        """As many requests at once as there ever are, of a few kinds in turn; one that fails raises."""
+        """Send ``WORKERS`` requests at once, of a few kinds in turn.
+
+        Raises:
+            Exception: a request failed."""
         indices = [worker % len(self.images) for worker in range(WORKERS)]
         with ThreadPoolExecutor(WORKERS) as pool:
             for kind in WARMING:
                 list(pool.map(self._ask, [kind] * WORKERS, indices))
 
     def ask(self, kind: str, index: int, at: float) -> None:
-        """One request that comes at a time of ``time.monotonic``, to its end."""
+        """Send one request that was due at ``at`` (by ``time.monotonic``) and record its outcome."""
         try:
             outcome = self._ask(kind, index)
         except Exception as failure:
@@ -160,7 +163,7 @@ class Traffic:
         return "answered"
 
     def _cancel(self, image: bytes, parameters: dict[str, Any]) -> str:
-        """Half of them a stream left after its prediction, half a call that is cancelled."""
+        """At random, leave a stream after its prediction or cancel a call."""
         if self._random.random() < 0.5:
             for _ in self._client().explain_stream(image, **parameters):
                 return "cancelled"
@@ -187,7 +190,7 @@ class Traffic:
 
 
 def run(traffic: Traffic, seconds: float, seed: int) -> int:
-    """Ask at random times; returns how many requests there were."""
+    """Send requests at random times for ``seconds``; returns their number."""
     random_ = random.Random(seed)
     kinds, weights = zip(*((kind, share) for kind, (share, *_) in KINDS.items()))
     rate = GRADIENTS_PER_SECOND / sum(share * gradients for share, gradients, _ in KINDS.values())
@@ -205,18 +208,18 @@ def run(traffic: Traffic, seconds: float, seed: int) -> int:
 
 
 def answered_by(server: EmbeddedServer) -> Counter[str]:
-    """Requests to each model that the server itself counts as answered."""
-    found: Counter[str] = Counter()
+    """Requests to each model that the server counts as answered."""
+    counts: Counter[str] = Counter()
     for name, labels, value in settled_metrics(server):
         if name == "nv_inference_request_success":
-            found[re.findall('model="([^"]+)"', labels)[0]] += round(value)
-    return found
+            counts[re.findall('model="([^"]+)"', labels)[0]] += round(value)
+    return counts
 
 
 def unaccounted(traffic: Traffic, requests: int, answered: Counter[str]) -> list[str]:
-    """Where what was asked, what became of it, and what the server counts as ``answered`` do not agree.
+    """Disagreements between requests sent, their outcomes, and the server's count ``answered``.
 
-    What was cancelled on the way, the server may have answered.
+    The server may count a cancelled request as answered.
     """
     wrong = []
     if (ended := sum(traffic.outcomes.values())) != requests:
@@ -233,7 +236,7 @@ def unaccounted(traffic: Traffic, requests: int, answered: Counter[str]) -> list
 
 
 def held(server: EmbeddedServer) -> dict[str, float]:
-    """What the server's processes hold now."""
+    """Memory, threads, open files and shared memory of the server's processes now."""
     processes = list(session(server.process.pid))
     regions = SHARED_MEMORY.glob(f"{server.region_prefix}*")
     return {
@@ -252,7 +255,7 @@ def _entries(process: int, name: str) -> int:
 
 
 def by_fifths(samples: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Of each thing that is watched, its median in each fifth of the time."""
+    """Median of each sampled value in each fifth of the time."""
     parts = np.array_split(np.arange(len(samples)), 5)
     return {
         name: [float(np.median([samples[number][name] for number in part])) for part in parts if len(part)]
@@ -261,14 +264,14 @@ def by_fifths(samples: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
-    """What each thing that is watched grows by in an hour: least squares over all but the first fifth of the time."""
+    """Growth of each sampled value in an hour: least squares over all but the first fifth of the time."""
     later = samples[len(samples) // 5 :]
     hours = [sample["seconds"] / 3600 for sample in later]
     return {name: float(np.polyfit(hours, [sample[name] for sample in later], 1)[0]) for name in MOST_GROWTH}
 
 
 def too_much_growth(held_by_fifths: dict[str, list[float]]) -> list[str]:
-    """What grew by more than it may from the second fifth of the time to the last."""
+    """Values that grew by more than ``MOST_GROWTH`` from the second fifth of the time to the last."""
     wrong = []
     for name, values in held_by_fifths.items():
         early, late = values[min(1, len(values) - 1)], values[-1]
@@ -278,32 +281,32 @@ def too_much_growth(held_by_fifths: dict[str, list[float]]) -> list[str]:
 
 
 def by_kind(traffic: Traffic, seconds: float) -> dict[str, dict[str, Any]]:
-    """Of each kind of request: what became of them, how long they took, and the median in each fifth of the time."""
-    found: dict[str, dict[str, Any]] = {}
+    """For each kind of request: outcomes, seconds, and median seconds in each fifth of the time."""
+    kinds: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        own = [(at, taken) for at, each, taken in traffic.latencies if each == kind]
+        latencies = [(at, latency) for at, sent, latency in traffic.latencies if sent == kind]
         fifths: list[list[float]] = [[] for _ in range(5)]
-        for at, taken in own:
-            fifths[min(4, int(5 * at / seconds))].append(taken)
-        if own:
-            found[kind] = {
-                "outcomes": {name: count for (each, name), count in traffic.outcomes.items() if each == kind},
-                "seconds": distribution([taken for _, taken in own]),
+        for at, latency in latencies:
+            fifths[min(4, int(5 * at / seconds))].append(latency)
+        if latencies:
+            kinds[kind] = {
+                "outcomes": {name: count for (sent, name), count in traffic.outcomes.items() if sent == kind},
+                "seconds": distribution([latency for _, latency in latencies]),
                 "p50_by_fifths": [float(np.median(part)) if part else None for part in fifths],
             }
-    return found
+    return kinds
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """Markdown tables of latencies and growth, and a summary."""
     lines = ["| kind | requests | outcomes | p50 | p95 | p99 |", "|---|---|---|---|---|---|"]
-    for kind, found in report["kinds"].items():
-        told = ", ".join(f"{count} {name}" for name, count in found["outcomes"].items())
-        p50, p95, p99 = (f"{1e3 * found['seconds'][part]:.0f} ms" for part in ("p50", "p95", "p99"))
-        lines.append(f"| {kind} | {found['seconds']['count']} | {told} | {p50} | {p95} | {p99} |")
+    for kind, measured in report["kinds"].items():
+        outcomes = ", ".join(f"{count} {name}" for name, count in measured["outcomes"].items())
+        p50, p95, p99 = (f"{1e3 * measured['seconds'][part]:.0f} ms" for part in ("p50", "p95", "p99"))
+        lines.append(f"| {kind} | {measured['seconds']['count']} | {outcomes} | {p50} | {p95} | {p99} |")
     lines += ["", "| p50 by fifths of the time | | | | | |", "|---|---|---|---|---|---|"]
-    for kind, found in report["kinds"].items():
-        cells = ("" if value is None else f"{1e3 * value:.0f} ms" for value in found["p50_by_fifths"])
+    for kind, measured in report["kinds"].items():
+        cells = ("" if value is None else f"{1e3 * value:.0f} ms" for value in measured["p50_by_fifths"])
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += ["", "| median by fifths of the time | | | | | | an hour |", "|---|---|---|---|---|---|---|"]
     for name, values in report["held_by_fifths"].items():
@@ -319,7 +322,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def soak(server: EmbeddedServer, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Run it; what was wrong is in ``wrong``."""
+    """Run the benchmark; failed checks are in ``wrong``."""
     images = jpeg_images()[:4]
     traffic = Traffic(server.grpc_url, images, seed)
     before = answered_by(server)
@@ -350,11 +353,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "soak.json")
     arguments = parser.parse_args()
     with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "bench" / "soak.log") as server:
-        found = soak(server, 60 * arguments.minutes, arguments.seed)
+        measured = soak(server, 60 * arguments.minutes, arguments.seed)
     report = {
         "command": " ".join(["python -m tools.bench.soak", *sys.argv[1:]]),
         "machine": describe_machine(),
-        **found,
+        **measured,
     }
     write_report(report, table(report), arguments.out)
     sys.exit(1 if report["wrong"] else 0)

@@ -1,8 +1,8 @@
-"""``make bench-stream``: when the first response of `explain_stream` comes while others' gradients fill the machine.
+"""``make bench-stream``: time to the first response of `explain_stream` under a load of other clients' gradients.
 
-On a real server, blocks of streams alternate: with nobody else there, and while closed-loop clients ask `explain` for
-many steps each. Each stream is read to its prediction and then cancelled; `classify` is asked beside it. Prints
-medians and their ratios and writes JSON.
+On a real server, blocks alternate between an idle server and one with closed-loop clients that request `explain` with
+many steps. Each stream is read up to its prediction and then cancelled; calls of `classify` are measured in turn with
+it. Prints medians and their ratios and writes JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALLS = ("classify", "first response of a stream")
 
 
 def first_response(url: str, image: bytes) -> float:
-    """Seconds from asking for a stream to its prediction; the rest of it is cancelled."""
+    """Seconds from a stream's request to its prediction; then the stream is cancelled."""
     client = tritonclient.grpc.InferenceServerClient(url)
     responses: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
     client.start_stream(callback=lambda result, error: responses.put((result, error)))
@@ -46,7 +46,7 @@ def first_response(url: str, image: bytes) -> float:
 
 
 def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, calls: int) -> dict[str, Any]:
-    """Seconds of each call in either condition."""
+    """Seconds of each kind of call, on an idle server and under load."""
     url, images = server.grpc_url, jpeg_images()
     classify = triton_asker(url, "classify", images, ("PROBABILITIES",), {})
     seconds: dict[str, dict[str, list[float]]] = {call: {"idle": [], "saturated": []} for call in CALLS}
@@ -55,7 +55,7 @@ def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, cal
         for number in range(calls):
             seconds[CALLS[0]][condition].append(timed(partial(classify, number)))
             seconds[CALLS[1]][condition].append(first_response(url, images[number % len(images)]))
-            time.sleep(0.3)  # what was under way when it was cancelled comes to its end
+            time.sleep(0.3)  # the pass that was under way at the cancellation ends
 
     for number in range(3):
         classify(number)
@@ -68,7 +68,7 @@ def measure(server: EmbeddedServer, clients: int, n_steps: int, blocks: int, cal
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """A Markdown table of medians and ratios."""
     load = f"{report['clients']} clients x {report['n_steps']} steps"
     lines = [
         f"| call | idle, median (95 %) | beside {load}, median (95 %) | times idle | calls |",
@@ -87,10 +87,10 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.stream", description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=8, help="of explain, beside (default: 8)")
-    parser.add_argument("--n-steps", type=int, default=200, help="of each of their requests (default: 200)")
-    parser.add_argument("--blocks", type=int, default=3, help="idle and saturated ones each (default: 3)")
-    parser.add_argument("--calls", type=int, default=15, help="of each kind in a block (default: 15)")
+    parser.add_argument("--clients", type=int, default=8, help="clients of explain that make the load (default: 8)")
+    parser.add_argument("--n-steps", type=int, default=200, help="steps of their requests (default: 200)")
+    parser.add_argument("--blocks", type=int, default=3, help="blocks of each condition (default: 3)")
+    parser.add_argument("--calls", type=int, default=15, help="calls of each kind in a block (default: 15)")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "bench" / "stream.json")
     arguments = parser.parse_args()
     with EmbeddedServer(repository_with("shapes"), Ports.free(), log_file=OUTPUTS / "bench" / "triton.log") as server:

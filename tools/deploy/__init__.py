@@ -1,1 +1,1 @@
-"""What brings the model repository to other machines: images, compose, metrics, Kubernetes (`docs/operations.md`)."""
+"""Deployment of the model repository: images, compose, metrics, Kubernetes (`docs/operations.md`)."""

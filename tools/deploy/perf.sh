@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # perf_analyzer over gRPC with a real image: perf MODEL [options of perf_analyzer ...]
-# IMAGE names the picture, TRITON_URL the server. Decoupled models are measured as streams.
+# IMAGE is the picture's path, TRITON_URL the server. Decoupled models are measured as streams.
 set -euo pipefail
 if [[ $# -lt 1 ]]; then
     echo "usage: perf {classify,explain,explain_stream} [options of perf_analyzer ...]" >&2

@@ -1,8 +1,8 @@
 """Fill a model repository that Triton will mount read-only: ``python3 -m tools.deploy.prepare``.
 
-Copies this repository's `model_repository` to MODEL_REPOSITORY and exports the classifier that WEIGHTS names there:
-``lite0``, ``imagenet`` (downloaded by torchvision), ``shapes``, or the path of a checkpoint, then of the architecture
-ARCH with the class names in LABELS. What is there of another classifier is replaced.
+Copies this repository's `model_repository` to MODEL_REPOSITORY and exports there the classifier that WEIGHTS names:
+``lite0``, ``imagenet`` (downloaded by torchvision), ``shapes``, or the path of a checkpoint of the architecture ARCH
+with the class names in the file LABELS. It replaces the files of another classifier.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from tools.triton.options import ENVIRONMENT, Ports, SettingError, server_options, whole_number
 
-# What answers predictions alone, for a server that shall not explain.
+# The models of a server that only predicts.
 CLASSIFYING = ("preprocess", "classifier", "classify")
 
 
 def command(settings: Mapping[str, str]) -> list[str]:
-    """The command line of Triton that an environment asks for.
+    """The command line of Triton for an environment's settings.
 
     Raises:
-        SettingError: it asks for what cannot be.
+        SettingError: a setting is not valid, or the repository has no classifier.
     """
     repository = Path(settings.get("MODEL_REPOSITORY") or "/models")
     if not (repository / "classifier" / "1" / "model.pt").is_file():
@@ -41,16 +41,16 @@ def command(settings: Mapping[str, str]) -> list[str]:
 
 
 def stop_seconds(settings: Mapping[str, str]) -> int:
-    """How long requests in flight may take to finish when Triton stops.
+    """Seconds for requests in flight to finish when Triton stops.
 
     Raises:
-        SettingError: it is no number.
+        SettingError: STOP_SECONDS is not a whole number.
     """
     return whole_number(settings, "STOP_SECONDS", 30)
 
 
 def _admin_key(settings: Mapping[str, str]) -> str:
-    """The operator's key; without one a random key that nobody knows keeps the restricted APIs shut."""
+    """The operator's key; without one, a random key that nobody knows, which closes the restricted APIs."""
     if file := settings.get("ADMIN_KEY_FILE"):
         try:
             return Path(file).read_text().strip()

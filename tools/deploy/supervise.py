@@ -1,7 +1,7 @@
-"""The container's Triton, watched: ``python3 -m tools.deploy.supervise`` starts it and starts it anew when it fails.
+"""The container's supervisor: ``python3 -m tools.deploy.supervise`` starts Triton and restarts it when it fails.
 
-For where nothing else does, as under compose; Kubernetes' own probes do the same for `tools.deploy.serve`. Settings are
-those of `serve.py`, and PROBE_SECONDS (4), within which something must have gone on.
+For compose and others that have no probes; Kubernetes' probes do the same for `tools.deploy.serve`. Settings are those
+of `serve.py`, and PROBE_SECONDS (4): if one pass can exceed it, raise it; otherwise healthy servers are restarted.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ START_SECONDS = 300.0
 
 
 class ContainerServer(TritonProcess):
-    """Triton as `serve.py` would start it, as a process of its own.
+    """Triton as `serve.py` starts it, in a process of its own.
 
     Args:
         settings: those of `serve.py`.
 
     Raises:
-        SettingError: they ask for what cannot be.
+        SettingError: a setting is not valid, or the repository has no classifier.
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     except (SettingError, ServerError) as error:
         sys.exit(f"supervise: {error}")
     except KeyboardInterrupt:
-        pass  # it has stopped in order
+        pass  # the server has stopped in order
 
 
 if __name__ == "__main__":

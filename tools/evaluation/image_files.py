@@ -1,4 +1,4 @@
-"""Images as the files that a server is sent."""
+"""Images as files, to send to a server."""
 
 from __future__ import annotations
 

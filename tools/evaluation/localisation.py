@@ -1,8 +1,8 @@
 """How much of the heat lies on the shapes: ``make localisation``.
 
-Explains held-out, correctly classified images through the real server with its default parameters, and prints the share
-of the top 1 % of `SALIENCY` pixels inside the ground-truth mask, and how often the maximum of the smoothed saliency is
-inside, with the mask's own share of the image beside them. Masks are dilated, because edges belong to both sides.
+Explains held-out, correctly classified images through the real server with its default parameters. Prints the share of
+the top 1 % of `SALIENCY` pixels inside the ground-truth mask, how often the maximum of the smoothed saliency is inside,
+and the mask's share of the image. Masks are dilated, because an edge belongs to both sides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the benchmarks and reports share: a network's engine, the machine described, runs taken in turn.
+"""Helpers of benchmarks and reports: a network's engine, a description of the machine, interleaved runs.
 
-Networks are those of ``tools.export.NETWORKS``, whatever `model_repository` serves.
+Networks are those of ``tools.export.NETWORKS``, independent of what `model_repository` serves.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SHAPE = (3, 224, 224)
 
 
 def model_file(network: str = "shapes") -> Path:
-    """A network as `tools/export` writes it, exported where it is missing or old."""
+    """A network's TorchScript file, exported if it is missing or old."""
     return repository_with(network) / "classifier" / "1" / "model.pt"
 
 
 def load_manifest(network: str = "shapes") -> dict[str, Any]:
-    """What `tools/export` says of that file."""
+    """The manifest of that file."""
     manifest = read_manifest(repository_with(network))
     assert manifest is not None  # `repository_with` has exported it
     return manifest
@@ -49,10 +49,10 @@ def load_engine(device: torch.device, precision: str, max_rows: int = 0, network
 
 
 def explain(engine: AttributionEngine, jobs: Sequence[Job], **options: Any) -> list[Explanation]:
-    """Explanations of jobs that nobody cancels."""
-    found = [each for each in engine.explain(jobs, **options) if each is not None]
-    assert len(found) == len(jobs)
-    return found
+    """Explanations of jobs that are not cancelled."""
+    explanations = [answer for answer in engine.explain(jobs, **options) if answer is not None]
+    assert len(explanations) == len(jobs)
+    return explanations
 
 
 def default_device() -> torch.device:
@@ -60,20 +60,20 @@ def default_device() -> torch.device:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds; what runs ends by copying its result to the host, which waits for a GPU."""
+    """Seconds of a run; it must end by copying its result to the host, which waits for a GPU."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run in turn, after one warm-up of each."""
+    """Seconds of each run by name; runs take turns, after one warm-up of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
         for name, run in runs.items():
-            taken = timed(run)
+            duration = timed(run)
             if repeat >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(duration)
     return seconds
 
 
@@ -82,7 +82,7 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """How many there are, their percentiles and the largest."""
+    """Number, percentiles and maximum of values."""
     if not len(values):
         return {"count": 0}
     percentiles = {f"p{part}": float(np.percentile(values, part)) for part in (50, 95, 99)}
@@ -90,11 +90,11 @@ def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers to six digits, which is more than they are good for."""
+    """The same with numbers rounded to six digits."""
     if isinstance(value, dict):
-        return {str(key): rounded(each) for key, each in value.items()}
+        return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -104,7 +104,7 @@ def relative_distance(values: Tensor, reference: Tensor) -> float:
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Hardware and versions; of the device that a server here would use, if no other is named."""
+    """Hardware and versions, by default for the device that a server here would use."""
     device = device or default_device()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -120,7 +120,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """What ``describe_machine`` found, in one line."""
+    """The result of ``describe_machine`` in one line."""
     return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 

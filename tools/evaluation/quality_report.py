@@ -29,42 +29,42 @@ NEAR = (0.4, 2.5)
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each output and rule, what a report says of all images.
+    """Summaries over images, by output and rule.
 
     Args:
-        results: an entry for each image and output, with what each rule gave.
+        results: an entry for each image and output, with the results of each rule.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    summaries: dict[str, dict[str, dict[str, Any]]] = {}
     for output in dict.fromkeys(entry["output"] for entry in results):
-        own = [entry["rules"] for entry in results if entry["output"] == output]
-        found[output] = {rule: _summarise_rule(rule, [rules[rule] for rules in own]) for rule in own[0]}
-    return found
+        by_image = [entry["rules"] for entry in results if entry["output"] == output]
+        summaries[output] = {rule: _summarise_rule(rule, [rules[rule] for rules in by_image]) for rule in by_image[0]}
+    return summaries
 
 
 def _summarise_rule(rule: str, values: list[dict[str, Any]]) -> dict[str, Any]:
     kind, setting = rule.split()
-    of = {key: np.array([each[key] for each in values]) for key in values[0] if key != "estimate"}
-    found: dict[str, Any] = {key: distribution(of.pop(key)) for key in ("steps", "error")}
-    found |= {f"{key}_p50": float(np.median(each)) for key, each in of.items()}
+    columns = {key: np.array([value[key] for value in values]) for key in values[0] if key != "estimate"}
+    summary: dict[str, Any] = {key: distribution(columns.pop(key)) for key in ("steps", "error")}
+    summary |= {f"{key}_p50": float(np.median(column)) for key, column in columns.items()}
     if kind in TOLERANT:
-        error = np.array([each["error"] for each in values])
-        estimate = np.array([each["estimate"] for each in values])
-        found |= {
+        error = np.array([value["error"] for value in values])
+        estimate = np.array([value["estimate"] for value in values])
+        summary |= {
             "within_tolerance": float(np.mean(error <= float(setting))),
             "estimate_over_error_p50": float(np.median(estimate / error)),
             "estimate_near_error": float(np.mean((estimate >= NEAR[0] * error) & (estimate <= NEAR[1] * error))),
         }
-    return found
+    return summary
 
 
 def steps_for(rules: dict[str, dict[str, Any]], method: str, error: float) -> float:
     """Steps that bring a fixed method's 95th percentile down to ``error``.
 
-    By lines between measured numbers of steps, and on beyond them, on log scales.
+    Interpolates between measured numbers of steps, and extrapolates beyond them, on log scales.
     """
-    measured = [(int(rule.split()[1]), found) for rule, found in rules.items() if rule.split()[0] == method]
+    measured = [(int(rule.split()[1]), summary) for rule, summary in rules.items() if rule.split()[0] == method]
     counts = np.log([count for count, _ in measured])
-    errors = np.log([found["error"]["p95"] for _, found in measured])
+    errors = np.log([summary["error"]["p95"] for _, summary in measured])
     slopes = np.diff(errors) / np.diff(counts)
     if np.log(error) >= errors[0]:
         return float(np.exp(counts[0] + (np.log(error) - errors[0]) / slopes[0]))
@@ -73,7 +73,7 @@ def steps_for(rules: dict[str, dict[str, Any]], method: str, error: float) -> fl
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """The report as Markdown."""
     machine = machine_line(report["machine"])
     lines = [f"`{report['command']}`: {machine}", ""]
     for output in report["rules"]:
@@ -83,8 +83,8 @@ def table(report: dict[str, Any]) -> str:
     if report["network"] == "shapes":
         names |= {"top_share_inside": "top 1 % inside", "peak_inside": "peak inside"}
     lines += ["| map | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
-    for name, found in report["faithfulness"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{found[key]:.3f}" for key in names) + " |")
+    for name, means in report["faithfulness"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{means[key]:.3f}" for key in names) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,19 +92,19 @@ def _rules_table(report: dict[str, Any], output: str) -> Iterable[str]:
     points = report["reference_steps"]
     yield f"{report['network']}, `{output}`, {report['images']} images, reference: midpoint rule of {points} points"
     yield ""
-    timed = output == "logit"  # which is what was timed
+    timed = output == "logit"  # only the logit is timed
     yield (
         "| rule | steps, median | error, median | error, 95 % | top 1 % of pixels | top 5 % | rank correlation "
         "| gap, median |" + " time |" * timed
     )
     yield "|---" * (8 + timed) + "|"
-    for rule, found in report["rules"][output].items():
-        error = found["error"]
+    for rule, summary in report["rules"][output].items():
+        error = summary["error"]
         time = f" {1e3 * report['seconds'][rule]:.0f} ms |" if timed else ""
         yield (
-            f"| {rule} | {found['steps']['p50']:.0f} | {error['p50']:.4f} | {error['p95']:.4f} "
-            f"| {found['top_1%_p50']:.1%} | {found['top_5%_p50']:.1%} | {found['rank_correlation_p50']:.4f} "
-            f"| {found['gap_p50']:.4f} |{time}"
+            f"| {rule} | {summary['steps']['p50']:.0f} | {error['p50']:.4f} | {error['p95']:.4f} "
+            f"| {summary['top_1%_p50']:.1%} | {summary['top_5%_p50']:.1%} | {summary['rank_correlation_p50']:.4f} "
+            f"| {summary['gap_p50']:.4f} |{time}"
         )
     yield ""
 
@@ -118,38 +118,38 @@ def _tolerances_table(report: dict[str, Any], output: str) -> Iterable[str]:
         "| steps, median (95 %) | for the same 95 % error: best of Captum's methods | calibrated |"
     )
     yield "|---" * 8 + "|"
-    for rule, found in rules.items():
+    for rule, summary in rules.items():
         kind, setting = rule.split()
         if kind not in TOLERANT:
             continue
-        error, steps = found["error"], found["steps"]
+        error, steps = summary["error"], summary["steps"]
         needed = {method: steps_for(rules, method, error["p95"]) for method in methods}
         best = min(captums, key=lambda method: needed[method])
         yield (
             f"| {setting}{', no calibration' * (kind == 'uncalibrated')} | {error['p50']:.4f} ({error['p95']:.4f}) "
-            f"| {found['within_tolerance']:.0%} | {found['estimate_over_error_p50']:.2f} "
-            f"| {found['estimate_near_error']:.0%} | {steps['p50']:.0f} ({steps['p95']:.0f}) "
+            f"| {summary['within_tolerance']:.0%} | {summary['estimate_over_error_p50']:.2f} "
+            f"| {summary['estimate_near_error']:.0%} | {steps['p50']:.0f} ({steps['p95']:.0f}) "
             f"| {needed[best]:.1f} ({best}) | {needed['calibrated']:.1f} |"
         )
     yield ""
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Error against steps: medians as lines, up to the 95th percentile shaded; dots where each tolerance stops."""
+    """Plot error against steps: medians as lines, shaded up to the 95th percentile; a dot for each tolerance."""
     outputs = list(report["rules"])
     figure, axes = plt.subplots(1, len(outputs), figsize=(5.6 * len(outputs), 4.4), sharey=True, squeeze=False)
     for axis, output in zip(axes[0], outputs):
         for method, colour in COLOURS.items():
-            own = {rule: found for rule, found in report["rules"][output].items() if rule.split()[0] == method}
-            if not own:
+            rules = {rule: values for rule, values in report["rules"][output].items() if rule.split()[0] == method}
+            if not rules:
                 continue
-            steps = [found["steps"]["p50"] for found in own.values()]
-            medians, highs = (np.array([found["error"][part] for found in own.values()]) for part in ("p50", "p95"))
+            steps = [summary["steps"]["p50"] for summary in rules.values()]
+            medians, highs = (np.array([values["error"][part] for values in rules.values()]) for part in ("p50", "p95"))
             if method in TOLERANT:
                 axis.errorbar(
                     steps, medians, [0 * medians, highs - medians], fmt="o", color=colour, zorder=3, label=method
                 )
-                for rule, x, y in zip(own, steps, medians):
+                for rule, x, y in zip(rules, steps, medians):
                     axis.annotate(
                         rule.split()[1], (x, y), (-6, -11), textcoords="offset points", ha="right", fontsize=8
                     )

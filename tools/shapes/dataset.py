@@ -1,8 +1,8 @@
-"""Procedurally drawn shapes with ground-truth masks: what the shapes network is trained, tested and localised on.
+"""Procedurally drawn shapes with ground-truth masks, for training, tests and localisation of the shapes network.
 
 Every image is one filled shape of random colour, size, rotation and place over a textured, coloured background with
 distractor lines and blobs. Image ``index`` of a split depends on ``(split, index)`` alone, so any machine draws the
-same sets. Lengths are relative to the side, so training may use small sides first.
+same sets. Lengths are relative to the side, so training can begin with small images.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def draw_scene(split: str, index: int, size: int = 224, label: int | None = None
 
 
 def draw_view(split: str, index: int, size: int = 224) -> Scene:
-    """The central ``size`` x ``size`` pixels of a scene 8/7 as large: what `preprocess` shows to the classifier."""
+    """The central ``size`` x ``size`` pixels of a scene 8/7 as large, which is the crop of `preprocess`."""
     scene = draw_scene(split, index, round(size * 8 / 7))
     margin = (len(scene.mask) - size) // 2
     centre = slice(margin, margin + size)
@@ -150,7 +150,7 @@ def _distinct_colour(random: np.random.Generator, under: np.ndarray) -> np.ndarr
 def _shape_coverage(random: np.random.Generator, name: str, size: int) -> np.ndarray:
     """Anti-aliased coverage of the shape; float32 [size, size] in [0, 1]."""
     radius = random.uniform(0.17, 0.36)
-    # Shapes reach over the edge of the central 7/8, which `preprocess` shows, by a tenth of their radius at most.
+    # A shape may exceed the central 7/8, which `preprocess` crops to, by at most a tenth of its radius.
     centre = random.uniform(1 / 16 + radius * 0.9, 15 / 16 - radius * 0.9, 2)
     angle = random.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

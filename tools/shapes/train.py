@@ -1,10 +1,9 @@
 """Train the shapes network: ``python -m tools.shapes.train``.
 
-Progressive image size makes it affordable: most images are seen at 64 and 96 pixels. About half an hour on 2 CPU cores.
-The later stages also train *where* the network looks, which the ground-truth masks allow: the share of gradient times
-input that lies outside the shape is a second loss (Ross, Hughes and Doshi-Velez 2017, "Right for the Right Reasons",
-arXiv 1703.03717). A faithful explanation then has something true to show. Writes the quantised checkpoint and prints
-its accuracy, after dequantising, on 1,000 test images.
+It takes about half an hour on 2 CPU cores, because most images have 64 or 96 pixels a side. The later stages also
+train *where* the network looks: the share of gradient times input outside the ground-truth mask is a second loss (Ross,
+Hughes and Doshi-Velez 2017, "Right for the Right Reasons", arXiv 1703.03717). So a faithful explanation lies on the
+shape. Writes the quantised checkpoint and prints its accuracy, after dequantising, on 1,000 test images.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tools.shapes.dataset import CLASSES, ShapesDataset, normalise
 
 
 class Stage(NamedTuple):
-    """So many images of one side in pixels; ``localised`` adds the loss on where the network looks."""
+    """``images`` images of ``side`` pixels a side; ``localised`` adds the loss on where the network looks."""
 
     side: int
     images: int
@@ -45,7 +44,7 @@ STAGES = (
 TEST_IMAGES = 1_000
 PEAK_LEARNING_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
-# How far around a shape its edge may count as inside, as a share of the side.
+# Margin around a shape that still counts as inside, as a share of the side.
 EDGE = 6 / 224
 
 
@@ -86,8 +85,8 @@ def compute_losses(
     if stage.localised:
         radius = round(EDGE * stage.side)
         outside = 1 - max_pool2d(masks.float(), 2 * radius + 1, stride=1, padding=radius)
-        own_logits = logits.gather(1, labels[:, None]).sum()
-        (gradients,) = torch.autograd.grad(own_logits, pixels, create_graph=True)
+        label_logits = logits.gather(1, labels[:, None]).sum()
+        (gradients,) = torch.autograd.grad(label_logits, pixels, create_graph=True)
         relevance = (gradients * pixels.detach()).square()
         losses["outside"] = ((relevance * outside).sum((1, 2, 3)) / relevance.detach().sum((1, 2, 3))).mean()
     return losses

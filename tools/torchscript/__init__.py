@@ -1,1 +1,1 @@
-"""What is done to a network before it becomes a TorchScript file."""
+"""Changes to a network before it becomes a TorchScript file."""

@@ -1,9 +1,9 @@
-"""Piecewise linear networks whose gradients are means over a stretch of a path instead of values at its points.
+"""Piecewise linear networks whose gradients are means over a segment of a path instead of values at its points.
 
-Where inputs of a network move along a straight path, a ReLU's input moves on a line from one evaluated point to the
-next, nearly; the mean of its slope over that stretch is then (f(next) - f(here)) / (next - here), the quotient that
-DeepLIFT's rescale rule (arXiv 1704.02685) uses over the whole path at once. Backpropagated through such mean slopes, a
-network that is otherwise linear gives a gradient whose product with the step is the exact change of its output.
+If a network's input moves along a straight path, a ReLU's input moves nearly on a line from one evaluated point to the
+next. The mean of the ReLU's slope over that segment is then (f(next) - f(here)) / (next - here). DeepLIFT's rescale
+rule (arXiv 1704.02685) uses this quotient over the whole path at once. Backpropagation through such mean slopes, in a
+network that is otherwise linear, gives a gradient whose product with the step is the exact change of its output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
-# Layers and functions that are linear, or only rearrange or drop numbers.
+# Layers and functions that are linear, or only rearrange or drop values.
 LINEAR_LAYERS = (
     nn.Conv2d,
     nn.Linear,
@@ -37,7 +37,7 @@ LINEAR_FUNCTIONS = (
 
 
 class MeanSlopeActivation(nn.Module):
-    """A ReLU, perhaps with a ceiling, whose slope in paired rows is the mean over the way to the next row."""
+    """A ReLU or ReLU6 whose slope in paired rows is the mean over the segment to the next row."""
 
     def __init__(self, activation: nn.ReLU | nn.ReLU6) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class MeanSlopeActivation(nn.Module):
         self.ceiling = 6.0 if isinstance(activation, nn.ReLU6) else 0.0
 
     def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
-        """``inputs`` [n, ...]; ``paired`` bool [n] or None, for no row."""
+        """``inputs`` [n, ...]; ``paired`` bool [n]; None if no row is paired."""
         if paired is None:
             return self.activation(inputs)
         here = inputs.detach()
-        if here.dtype == torch.float16:  # which has no room for what keeps quotients from 0 / 0
+        if here.dtype == torch.float16:  # float16 cannot represent the number that prevents 0 / 0
             here = here.float()
         slopes = _mean_relu_slopes(here, paired)
         if self.ceiling > 0:
@@ -58,15 +58,15 @@ class MeanSlopeActivation(nn.Module):
 
 
 def _with_value(outputs: Tensor, values: Tensor) -> Tensor:
-    """``outputs``, differentiated as before, with other values: no copy of what autograd keeps."""
+    """Overwrite the values of ``outputs`` but not their gradient; copies nothing that autograd saves."""
     outputs.detach().copy_(values)
     return outputs
 
 
 def _mean_relu_slopes(here: Tensor, paired: Tensor, tiny: float = 1e-30) -> Tensor:
-    """Mean slopes of max(x, 0) from each row to the next: 0 where nothing moves; at the point itself if not paired."""
+    """Mean slopes of max(x, 0) from each row to the next, 0 where they are equal; slopes at the point if not paired."""
     values = here.relu()
-    # As if the next row of one that is not paired were 0, where the quotient is the slope at the point.
+    # For a row that is not paired the next one counts as 0: the quotient is then the slope at the point.
     following = paired[:-1].to(here).view([-1] + [1] * (here.dim() - 1))
     slopes = torch.empty_like(here)
     torch.addcmul(values[:-1], values[1:], following, value=-1.0, out=slopes[:-1])
@@ -76,9 +76,9 @@ def _mean_relu_slopes(here: Tensor, paired: Tensor, tiny: float = 1e-30) -> Tens
 
 
 class MeanSlopeMaxPool(nn.Module):
-    """Max pooling whose gradient in paired rows is shared with the place that leads in the next row.
+    """Max pooling whose gradient in paired rows is divided between this row's maximum and the next row's.
 
-    The share is the part of the way before one overtakes the other.
+    Each gets the share of the segment on which it is the larger one.
     """
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
@@ -88,36 +88,36 @@ class MeanSlopeMaxPool(nn.Module):
         self.ceil_mode = pool.ceil_mode
 
     def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
-        """``inputs`` [n, channels, height, width]; ``paired`` bool [n] or None, for no row."""
+        """``inputs`` [n, channels, height, width]; ``paired`` bool [n]; None if no row is paired."""
         values, places = nn.functional.max_pool2d_with_indices(
             inputs, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
         if paired is None:
             return values
         changes = (places[:-1] != places[1:]) & paired[:-1].view(-1, 1, 1, 1)
-        changes = changes.permute(0, 2, 3, 1).reshape(-1)  # as channels_last lies in memory
-        if inputs.is_cuda:  # all places: their number must not depend on the data where passes are captured
+        changes = changes.permute(0, 2, 3, 1).reshape(-1)  # the order of channels_last in memory
+        if inputs.is_cuda:  # all places: under graph capture their number must not depend on the data
             return share_gradients(inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes)
         changed = changes.nonzero()[:, 0]
         return share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """For height and width."""
+    """A value for height and one for width."""
     return (value, value) if isinstance(value, int) else value
 
 
 def share_gradients(
     inputs: Tensor, values: Tensor, leaders: Tensor, at: Tensor, is_changed: Tensor, tiny: float = 1e-30
 ) -> Tensor:
-    """``values`` of max pooling whose gradient goes to two places of ``inputs`` each, where ``is_changed``.
+    """``values`` of max pooling; where ``is_changed``, the gradient of a value goes to two places of ``inputs``.
 
     Args:
         inputs: [n, channels, height, width].
         values: [n, channels, height, width] after pooling.
-        leaders: their places in a channel of ``inputs``.
-        at: int64 [k], numbers of values, channels last, but none of the last row.
-        is_changed: bool [k], whether another place leads in the next row.
+        leaders: int64, shaped like ``values``: the place of each maximum in its channel of ``inputs``.
+        at: int64 [k], flat indices into ``values`` in channels_last order, without the last row.
+        is_changed: bool [k], whether the maximum is at another place in the next row.
     """
     rows, channels, height, width = values.shape
     row, input_row = values[0].numel(), inputs[0].numel()
@@ -128,8 +128,8 @@ def share_gradients(
     leading_at = first + flat_leaders[at] * channels
     following_at = first + flat_leaders[at + row] * channels
     leading, following = flat_values.index_select(0, at), flat_inputs.index_select(0, following_at)
-    wide = torch.float32 if values.dtype == torch.float16 else values.dtype  # where tiny is not 0
-    lead = (leading - following).detach().to(wide) + tiny  # where both are one place, all is the leader's
+    wide = torch.float32 if values.dtype == torch.float16 else values.dtype  # float16 would round tiny to 0
+    lead = (leading - following).detach().to(wide) + tiny  # if both are the same place, it gets all
     lead_of_following = (flat_values[at + row] - flat_inputs[leading_at + input_row]).detach()
     share = lead_of_following / (lead + lead_of_following) * is_changed
     moved = (following - leading) * share.to(values.dtype)
@@ -141,10 +141,10 @@ _REPLACEMENTS = {nn.ReLU: MeanSlopeActivation, nn.ReLU6: MeanSlopeActivation, nn
 
 
 def add_mean_slopes(network: torch.fx.GraphModule) -> bool:
-    """Give a traced network of one input a second one, ``paired`` (bool [n], by default None).
+    """Add a second input, ``paired`` (bool [n], default None), to a traced network of one input.
 
     Returns:
-        False, with the network as it was, if it has layers whose mean slopes are not known.
+        Whether it was added; not if the network has layers whose mean slopes are not known.
     """
     activations = []
     for node in network.graph.nodes:
@@ -163,7 +163,7 @@ def add_mean_slopes(network: torch.fx.GraphModule) -> bool:
         paired = network.graph.placeholder("paired", type_expr=Tensor | None, default_value=None)
     for number, node in enumerate(activations):
         layer = network.get_submodule(node.target)
-        # A name of its own for each call: a layer may be called more than once.
+        # One name for each call: a layer may be called more than once.
         name = f"mean_slope_{number}"
         network.add_submodule(name, _REPLACEMENTS[type(layer)](layer))
         node.target, node.args, node.kwargs = name, (node.all_input_nodes[0], paired), {}

@@ -1,1 +1,1 @@
-"""Starting, watching and stopping a Triton server: what the embedded server and the container share."""
+"""Starts, watches and stops a Triton server, for the embedded server and the container."""

@@ -1,7 +1,7 @@
 """How Triton is started: the options that the embedded server and the container share.
 
-What differs between the two is where the binary and its backends lie (`tools/server.py`), and where it listens and what
-it loads (`tools/deploy/serve.py`). Model configurations are the same files.
+`tools/server.py` adds the paths of the binary and its backends, `tools/deploy/serve.py` the address and the models to
+load. Model configurations are the same files.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 
 LOCALHOST = "127.0.0.1"
 
-# What a client that wants predictions does not need, and could harm others with.
+# APIs that inference does not need, and that a client could use to harm others.
 RESTRICTED_APIS = "shared-memory,model-repository,logging,trace"
 ADMIN_HEADER = "admin-key"
 
 
 class SettingError(ValueError):
-    """A setting that cannot be; the message names it."""
+    """A setting is not valid; the message names it."""
 
 
 def whole_number(settings: Mapping[str, str], name: str, default: int) -> int:
     """A setting that is a whole number.
 
     Raises:
-        SettingError: it is none.
+        SettingError: it is not one.
     """
     value = settings.get(name) or str(default)
     if not value.isdecimal():
@@ -37,7 +37,7 @@ def whole_number(settings: Mapping[str, str], name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens; Triton's own defaults."""
+    """Ports of a server, by default Triton's."""
 
     http: int = 8000
     grpc: int = 8001
@@ -48,7 +48,7 @@ class Ports:
         """HTTP_PORT, GRPC_PORT and METRICS_PORT, or Triton's defaults.
 
         Raises:
-            SettingError: one of them is no number.
+            SettingError: one of them is not a whole number.
         """
         default = cls()
         return cls(
@@ -59,12 +59,12 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        """Three ports of this machine that nobody listens on now."""
+        """Three ports of this machine that are free now."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind((LOCALHOST, 0))
-            return cls(*(each.getsockname()[1] for each in sockets))
+            for bound in sockets:
+                bound.bind((LOCALHOST, 0))
+            return cls(*(bound.getsockname()[1] for bound in sockets))
 
 
 def server_options(repository: Path, host: str, ports: Ports, admin_key: str, stop_seconds: int) -> list[str]:
@@ -73,9 +73,9 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
     Args:
         repository: the model repository.
         host: address to listen on.
-        ports: where to listen there.
-        admin_key: what opens the restricted APIs, sent as the header ``admin-key``.
-        stop_seconds: how long requests in flight may take to finish when it stops.
+        ports: ports to listen on.
+        admin_key: key to the restricted APIs, sent as the header ``admin-key``.
+        stop_seconds: time for requests in flight to finish when it stops.
     """
     return [
         f"--model-repository={repository}",
@@ -91,6 +91,6 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
     ]
 
 
-# Threads of one model that spin for work take cores from the others. With GOMP_SPINCOUNT 10000 instead, a single
-# client's explanation takes a twelfth less, but beside 8 of them a prediction's p95 is 3 times its idle one, not 1.5.
+# Threads of one model that spin for work take cores from other models. With GOMP_SPINCOUNT 10000 instead, a single
+# client's explanation takes 8 % less time, but beside 8 clients a prediction's p95 is 3 times its idle p95, not 1.5.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}

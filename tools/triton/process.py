@@ -1,4 +1,4 @@
-"""A Triton server as a process that can be started, asked whether it is ready, and stopped without a trace."""
+"""A Triton server as a process that can be started, checked for readiness, and stopped with nothing left behind."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SHARED_MEMORY = Path("/dev/shm")
-# Triton 2.51 gives up by itself after its exit timeout, or crashes and stays.
+# Time beyond its exit timeout for Triton 2.51 to end by itself; it may crash and stay instead.
 LAST_SECONDS = 3
 
 
 class ServerError(Exception):
-    """The server cannot run; the message is one sentence that says why."""
+    """The server cannot run; the message says why."""
 
 
 class TritonProcess:
     """A running Triton server as a context manager; subclasses launch it.
 
     Args:
-        host: where it listens.
-        ports: there.
-        start_seconds: how long the models may take to load.
-        stop_seconds: how long requests in flight may take to finish when it stops.
+        host: address that it listens on.
+        ports: ports that it listens on.
+        start_seconds: time for the models to load.
+        stop_seconds: time for requests in flight to finish when it stops.
     """
 
     def __init__(self, host: str, ports: Ports, start_seconds: float, stop_seconds: int) -> None:
@@ -41,12 +41,12 @@ class TritonProcess:
         self.start_seconds, self.stop_seconds = start_seconds, stop_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self.log_hint = ""
-        # Names this server's shared memory, so that what a killed stub leaves behind can be told from others'.
+        # Names this server's shared memory, so that what a killed stub leaves behind can be found and removed.
         self.region_prefix = f"triton_explaining_{uuid.uuid4().hex[:12]}_"
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """Triton's process, of the last start."""
+        """Triton's process since the last start."""
         if self._process is None:
             raise ServerError("the server has not been started")
         return self._process
@@ -64,7 +64,7 @@ class TritonProcess:
         self.stop()
 
     def start(self) -> None:
-        """Start it and wait until it is ready; it may be started again once it has been stopped.
+        """Start the server and wait until it is ready. It can be started again after it was stopped.
 
         Raises:
             ServerError: it cannot start.
@@ -80,7 +80,7 @@ class TritonProcess:
         """End every process of the server and remove its shared memory.
 
         Args:
-            grace_seconds: how long requests in flight may take to finish; None: as long as the server was made for.
+            grace_seconds: time for requests in flight to finish; None: the server's ``stop_seconds``.
         """
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -93,7 +93,7 @@ class TritonProcess:
         self.remove_shared_memory()
 
     def remove_shared_memory(self) -> None:
-        """Remove what a server that was killed has left."""
+        """Remove the shared memory that a killed server has left."""
         left = [*SHARED_MEMORY.glob(f"{self.region_prefix}*")]
         if self._process is not None:
             left.append(SHARED_MEMORY / f"integrated_gradients_{self.process.pid}.breaker")
@@ -101,7 +101,7 @@ class TritonProcess:
             region.unlink(missing_ok=True)
 
     def is_ready(self) -> bool:
-        """Whether the server says that all models are loaded."""
+        """Whether the server reports that all models are loaded."""
         try:
             with urllib.request.urlopen(f"http://{self.host}:{self.ports.http}/v2/health/ready", timeout=5) as answer:
                 return answer.status == 200
@@ -109,11 +109,11 @@ class TritonProcess:
             return False
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        """Start the process, the leader of a session of its own: a terminal's Ctrl-C does not reach it."""
+        """Start the process as leader of its own session, so that a terminal's Ctrl-C does not reach it."""
         raise NotImplementedError
 
     def _failure(self) -> str:
-        """Why it ended before it was ready."""
+        """Why the server ended before it was ready."""
         return f"Triton ended with code {self.process.returncode} before it was ready"
 
     def _wait_until_ready(self) -> None:

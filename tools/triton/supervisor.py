@@ -1,6 +1,6 @@
-"""Keeps a server answering: probes it with real requests, and starts it anew when it ended, failed or hangs.
+"""Keeps a server running: probes it with real requests, and restarts it when it ends, fails or hangs.
 
-Triton 2.51 stays "ready" when a model's process dies (until 26.01), and nothing in it notices one that hangs.
+Triton stays "ready" when a model's process dies (fixed in 26.01), and does not notice one that hangs.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from tools.triton.process import ServerError, TritonProcess
 
 @dataclass(frozen=True)
 class Watch:
-    """How closely to look, in seconds.
+    """Times of probes and restarts, in seconds.
 
-    One image may take 4 s to decode, so two probes in a row must fail. A single pass of the gradients must not take
-    longer than ``probe_seconds``.
+    One image may take 4 s to decode, so two probes in a row must fail. If one pass of the gradients can exceed
+    ``probe_seconds``, healthy servers are restarted.
     """
 
     interval: float = 2.0
     probe_seconds: float = 4.0
-    # What still runs when one of its models is gone may finish that soon.
+    # Time for other requests to finish before a restart.
     grace: float = 2.0
-    # Pauses double from the first to the longest while no start comes to an answer; so many starts within the window
-    # are enough in any case.
+    # Pauses double from the first to the longest until the server answers. More than `most_restarts` within `window`
+    # end the supervision.
     first_pause: float = 1.0
     longest_pause: float = 30.0
     most_restarts: int = 6
     window: float = 600.0
-    # What is asked: `explain`, or `classify` where nothing else is served.
+    # The model to probe: `explain`, or `classify` if nothing else is served.
     model: str = "explain"
 
 
 def stop_on_signals() -> None:
-    """Have SIGTERM and SIGINT raise ``KeyboardInterrupt``: once, for a second must not break off the orderly stop."""
+    """Make SIGTERM and SIGINT raise ``KeyboardInterrupt`` once: a second signal must not interrupt the orderly stop."""
 
     def interrupt(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
@@ -50,22 +50,22 @@ def stop_on_signals() -> None:
 
 
 def supervise(server: TritonProcess, watch: Watch = Watch(), say: Callable[[str], None] = lambda message: None) -> None:
-    """Watch a server that runs; returns never.
+    """Watch a running server and restart it; never returns.
 
     Args:
-        server: started.
-        watch: how closely to look.
-        say: called with a sentence about each restart.
+        server: a started server.
+        watch: times of probes and restarts.
+        say: called with a message about each restart.
 
     Raises:
-        ServerError: it had to be started too often.
+        ServerError: it was restarted too often.
     """
     restarts: deque[float] = deque()
     pause = watch.first_pause
     while True:
-        reason, was_well = trouble(server, watch)
+        reason, was_healthy = trouble(server, watch)
         server.stop(watch.grace)
-        if was_well:
+        if was_healthy:
             pause = watch.first_pause
         while True:
             now = time.monotonic()
@@ -88,20 +88,20 @@ def supervise(server: TritonProcess, watch: Watch = Watch(), say: Callable[[str]
 
 
 def trouble(server: TritonProcess, watch: Watch) -> tuple[str, bool]:
-    """Wait until something is wrong with a server; returns what, and whether it had been well before."""
-    failures, was_well = 0, False
+    """Wait until a server ends or fails its probes; returns the reason, and whether any probe had passed."""
+    failures, was_healthy = 0, False
     while True:
         try:
             code = server.process.wait(1.0 if failures else watch.interval)
-            return f"Triton ended with code {code}", was_well
+            return f"Triton ended with code {code}", was_healthy
         except subprocess.TimeoutExpired:
             pass
         try:
             probe_patiently(
                 server.host, server.ports.http, server.ports.metrics, watch.model, seconds=watch.probe_seconds
             )
-            failures, was_well = 0, True
+            failures, was_healthy = 0, True
         except ProbeError as failure:
             failures += 1
             if failures == 2 and server.process.poll() is None:
-                return str(failure), was_well
+                return str(failure), was_healthy

@@ -31,8 +31,8 @@ from explain_client.retries import Attempts
 class AsyncExplainClient:
     """``ExplainClient`` for asyncio: the same methods, arguments and errors; any number of requests, no threads.
 
-    Cancelling a task cancels its request. The server drops what has not begun; of what has, a stream ends at its next
-    part, while ``explain`` goes on until it is done or its ``timeout`` is over.
+    Cancelling a task cancels its request. The server drops a request that has not begun. A stream that has begun ends
+    at its next part; ``explain`` runs on until it is done or its ``timeout`` is over.
     """
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
@@ -52,11 +52,11 @@ class AsyncExplainClient:
         await self._triton.close()
 
     async def check(self) -> None:
-        """Whether there is a server at all.
+        """Check that a server answers.
 
         Raises:
-            UnavailableError: there is none.
-            ExplainError: it is no Triton server, or does not answer.
+            UnavailableError: the server cannot be reached.
+            ExplainError: it is not a Triton server, or does not answer.
         """
         try:
             await self._triton.get_server_metadata(client_timeout=self._timeout)
@@ -93,8 +93,8 @@ class AsyncExplainClient:
     ) -> AsyncIterator[Classification | Level]:
         """See ``ExplainClient.explain_stream``.
 
-        Leaving the loop early cancels when the iterator is closed: ``async with contextlib.aclosing(...)`` does that
-        at once.
+        If you leave the loop early, the stream is cancelled when the iterator is closed; ``async with
+        contextlib.aclosing(...)`` closes it at once.
         """
         call = explain_call("explain_stream", image, target, top_k, want, parameters)
         attempts = Attempts(self._timeout, self._retries)
@@ -107,7 +107,7 @@ class AsyncExplainClient:
                     yield read_response(result, 1e3 * (time.perf_counter() - started))
                 return
             except ExplainError as error:
-                if is_answered:  # what was given out cannot be taken back
+                if is_answered:  # responses that the caller has cannot be repeated
                     raise
                 await asyncio.sleep(attempts.delay_after(error))
 
@@ -132,7 +132,7 @@ class AsyncExplainClient:
                 if error is not None:
                     raise from_stream(error)
                 yield result
-        except grpc.RpcError as error:  # which tritonclient passes on as it is
+        except grpc.RpcError as error:  # tritonclient does not convert it
             raise from_triton(InferenceServerException(error.details(), str(error.code()))) from error
         finally:
             responses.cancel()

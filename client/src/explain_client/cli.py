@@ -46,7 +46,7 @@ PARAMETERS: dict[str, type] = {
 }
 EPILOG = """exit status: 0 all images explained; 1 some failed (they are listed at the end); 2 wrong usage;
 3 the server cannot be reached; 130 interrupted.
-'explain doctor [--url HOST:PORT]' looks into what is wrong with a server."""
+'explain doctor [--url HOST:PORT]' finds out what is wrong with a server."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_stream(options) if options.stream else asyncio.run(_explain(options)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(SOME_FAILED)
 
 
 def _doctor(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="explain doctor", description="Look into what is wrong with a server.")
+    parser = argparse.ArgumentParser(prog="explain doctor", description="Find out what is wrong with a server.")
     parser.add_argument("--url", default=DEFAULT_URL, help="host and gRPC port (default: %(default)s)")
     options = parser.parse_args(words)
     print(f"explain-client {__version__}, tritonclient {version('tritonclient')}")
@@ -80,7 +80,7 @@ def _doctor(words: list[str]) -> int:
 
 
 class _Output:
-    """Where outcomes go: a table or JSON lines, heatmaps, the report, the failures that are listed at the end."""
+    """Writes outcomes: a table or JSON lines, heatmaps, the report; collects failures, which are listed at the end."""
 
     def __init__(self, options: argparse.Namespace, report: Report | None) -> None:
         self._as_json, self._report = options.json, report
@@ -93,16 +93,16 @@ class _Output:
         sys.stdout.flush()
 
     def take(self, outcome: Outcome) -> None:
-        source, found = outcome.source, outcome.found
+        source, explanation = outcome.source, outcome.explanation
         try:
-            if found is not None:
-                _write(source.heatmap, found.heatmap_png or b"")
+            if explanation is not None:
+                _write(source.heatmap, explanation.heatmap_png or b"")
                 if self._report is not None:
-                    self._report.add(source.name, outcome.file, found)
-                self.line(json.dumps(_as_json(source, found)) if self._as_json else _row(source, found))
+                    self._report.add(source.name, outcome.file, explanation)
+                self.line(json.dumps(_as_json(source, explanation)) if self._as_json else _row(source, explanation))
                 return
             error: Exception | None = outcome.error
-        except (OSError, ValueError) as failure:  # a full disk, a heatmap's name that is a folder
+        except (OSError, ValueError) as failure:  # for example a full disk, or a folder of the heatmap's name
             error = failure
         self.failures.append(f"{source.name}: {error}")
         if self._report is not None:
@@ -132,10 +132,10 @@ async def _explain(options: argparse.Namespace) -> int:
 
 
 def _sources(options: argparse.Namespace) -> list[Source]:
-    """The images to explain; ends the command if there are none at all."""
+    """The images to explain; ends the command if no image was named or matched."""
     sources = find_sources(options.images, options.out)
     if not sources:
-        print("no images there", file=sys.stderr)
+        print("no images found", file=sys.stderr)
         sys.exit(WRONG_USAGE)
     if not options.skip_existing:
         return sources
@@ -151,7 +151,7 @@ def _outcomes(client: AsyncExplainClient, sources: list[Source], options: argpar
 
 
 def _stream(options: argparse.Namespace) -> int:
-    """Image by image: the prediction at once, then a line for each level."""
+    """Explain image by image: print the prediction at once, then a line for each level."""
     sources, output = _sources(options), _Output(options, None)
     with ExplainClient(options.url, options.timeout) as client:
         for source in sources:
@@ -189,20 +189,20 @@ def _shows_progress(options: argparse.Namespace, images: int) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of a file or none of it, so that what is there can be skipped next time."""
+    """Write all of a file or none of it, so that a later run can skip the files that exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_bytes(content)
     unfinished.replace(path)
 
 
-def _row(source: Source, found: Explanation) -> str:
-    best = found.predictions[0]
+def _row(source: Source, explanation: Explanation) -> str:
+    best = explanation.predictions[0]
     name = source.name if source.path is None else source.path.name
-    error = "-" if math.isnan(found.error_estimate) else f"{found.error_estimate:.1%}"
+    error = "-" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.1%}"
     return (
-        f"{name:28.28} {best.label:14.14} {best.probability:6.1%} {found.explained_label:>14.14} {found.n_steps:5} "
-        f"{error:>7} {found.convergence_delta:9.4f} {found.milliseconds:7.0f}"
+        f"{name:28.28} {best.label:14.14} {best.probability:6.1%} {explanation.explained_label:>14.14} "
+        f"{explanation.n_steps:5} {error:>7} {explanation.convergence_delta:9.4f} {explanation.milliseconds:7.0f}"
     )
 
 
@@ -216,23 +216,23 @@ def _stream_line(source: Source, response: Classification | Level, as_json: bool
     return f"    {response.n_steps:4} steps, estimated error {error:>7} after {response.milliseconds:.0f} ms"
 
 
-def _as_json(source: Source, found: Explanation | Classification | Level) -> dict[str, Any]:
-    line: dict[str, Any] = {"image": source.name, "milliseconds": round(found.milliseconds, 1)}
-    if isinstance(found, Explanation | Classification):
+def _as_json(source: Source, answer: Explanation | Classification | Level) -> dict[str, Any]:
+    line: dict[str, Any] = {"image": source.name, "milliseconds": round(answer.milliseconds, 1)}
+    if isinstance(answer, Explanation | Classification):
         line |= {
-            "predictions": [_prediction_as_json(each) for each in found.predictions],
-            "explained_class": found.explained_class,
-            "explained_label": found.explained_label,
+            "predictions": [_prediction_as_json(prediction) for prediction in answer.predictions],
+            "explained_class": answer.explained_class,
+            "explained_label": answer.explained_label,
         }
-    if isinstance(found, Explanation | Level):
+    if isinstance(answer, Explanation | Level):
         line |= {
-            "n_steps": found.n_steps,
-            "error_estimate": None if math.isnan(found.error_estimate) else found.error_estimate,
-            "convergence_delta": found.convergence_delta,
+            "n_steps": answer.n_steps,
+            "error_estimate": None if math.isnan(answer.error_estimate) else answer.error_estimate,
+            "convergence_delta": answer.convergence_delta,
             "heatmap": str(source.heatmap),
         }
-    if isinstance(found, Level):
-        line["is_last"] = found.is_last
+    if isinstance(answer, Level):
+        line["is_last"] = answer.is_last
     return line
 
 
@@ -260,38 +260,38 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--concurrency", type=_positive, default=8, help="images in flight (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("explanations"), metavar="DIR", help="default: %(default)s")
-    output.add_argument("--report", type=Path, metavar="FILE.html", help="one page with everything in it")
-    output.add_argument("--json", action="store_true", help="a JSON object a line instead of the table")
+    output.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with all results")
+    output.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     output.add_argument("--top-k", type=_positive, default=5, help="predictions of each image (default: %(default)s)")
-    output.add_argument("--skip-existing", action="store_true", help="leave out images whose heatmaps are there")
+    output.add_argument("--skip-existing", action="store_true", help="leave out images whose heatmaps exist")
     output.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="a progress bar (default: on a terminal)"
     )
     output.add_argument(
         "--stream",
         action="store_true",
-        help="one image after the other: its prediction at once, then its error shrinking",
+        help="one image after the other: its prediction at once, then a line for each level",
     )
-    asked = parser.add_argument_group("what is explained, and how")
-    asked.add_argument("--target", type=int, help="class to explain (default: the predicted one)")
+    contract = parser.add_argument_group("what is explained, and how")
+    contract.add_argument("--target", type=int, help="class to explain (default: the predicted one)")
     helps = {
-        "n_steps": "gradient evaluations; with --tolerance or --deadline-ms the most of them (default: 50)",
-        "tolerance": "relative error wanted, 0.001 to 0.5: as few steps as reach it",
-        "deadline_ms": "the best that there is time for",
+        "n_steps": "gradient evaluations; with --tolerance or --deadline-ms their limit (default: 50)",
+        "tolerance": "largest relative error, 0.001 to 0.5: takes as few steps as reach it",
+        "deadline_ms": "the best explanation within this time; may overrun by one pass",
         "method": "quadrature rule, by Captum's name, or calibrated (default: gausslegendre)",
         "baseline": "zero, black, white, gray, blur or noise (default: zero)",
         "output": "what is explained: logit or probability (default: logit)",
         "contrast": "a class to subtract",
         "nt_samples": "SmoothGrad: noisy copies of the image (default: 1)",
-        "stdevs": "SmoothGrad: deviation of the noise (default: 0.1)",
-        "seed": "of any noise (default: 0)",
+        "stdevs": "SmoothGrad: standard deviation of the noise (default: 0.1)",
+        "seed": "seed of all noise (default: 0)",
         "overlay": "blend, heatmap or masked (default: blend)",
         "polarity": "positive, negative, absolute or all (default: positive)",
-        "clip_percentile": "where the colours saturate (default: 99)",
+        "clip_percentile": "percentile at which the colours saturate (default: 99)",
         "colormap": "a matplotlib colour map (default: inferno, or coolwarm for all)",
     }
     for name, kind in PARAMETERS.items():
-        asked.add_argument(f"--{name.replace('_', '-')}", type=kind, help=helps[name])
+        contract.add_argument(f"--{name.replace('_', '-')}", type=kind, help=helps[name])
     return parser
 
 

@@ -36,15 +36,16 @@ class ExplainClient:
 
     Args:
         url: host and gRPC port.
-        timeout: seconds that a request may take, with its retries; the server stops working for it then, too.
-        retries: how often a request is sent again when the server is UNAVAILABLE, with exponential backoff.
+        timeout: seconds for a request with its retries; the server stops working on it then, too.
+        retries: most repetitions of a request when the server is UNAVAILABLE, with exponential backoff.
 
-    Every method raises, besides what it says itself:
-        RefusedError: the server does not take the request; the message names what is wrong with it.
+    Every method raises, besides its own errors:
+        RefusedError: the server rejected the request; the message names the fault.
         UnavailableError: the server cannot be reached or has no room, after the retries.
         TimedOutError: there was no answer in time.
-        ExplainError: any other failure; the class of all of these.
-        OSError, TypeError: the image's file cannot be read; it is an array of the wrong kind.
+        ExplainError: any other failure; the base class of these errors.
+        OSError: the image's file cannot be read.
+        TypeError: the image is an array of the wrong dtype or shape.
     """
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
@@ -82,7 +83,7 @@ class ExplainClient:
             image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3].
             target: the class to explain; the predicted one if absent.
             top_k: how many predictions to return.
-            want: what to transfer: ``saliency``, ``attributions``, ``heatmap``.
+            want: tensors to transfer: ``saliency``, ``attributions``, ``heatmap``.
             parameters: request parameters of the serving contract: ``n_steps``, ``tolerance``, ``baseline``, ...
         """
         call = explain_call("explain", image, target, top_k, want, parameters)
@@ -99,9 +100,9 @@ class ExplainClient:
         want: Collection[Wanted] = DEFAULT_WANT,
         **parameters: ParameterValue,
     ) -> Iterator[Classification | Level]:
-        """The prediction as soon as there is one, then attributions that sharpen, the last with ``is_last``.
+        """The prediction at once, then attributions that get more exact; the last has ``is_last``.
 
-        Leaving the loop before the end cancels the rest on the server. Arguments are those of ``explain``.
+        If you leave the loop early, the rest is cancelled on the server. Arguments are those of ``explain``.
         """
         return self._stream(explain_call("explain_stream", image, target, top_k, want, parameters))
 
@@ -125,23 +126,23 @@ class ExplainClient:
                     yield read_response(result, 1e3 * (time.perf_counter() - started))
                 return
             except ExplainError as error:
-                if is_answered:  # what was given out cannot be taken back
+                if is_answered:  # responses that the caller has cannot be repeated
                     raise
                 time.sleep(attempts.delay_after(error))
 
     def _responses(self, call: Call, seconds: float) -> Iterator[triton.InferResult]:
-        """The responses to one attempt. A stream is a connection's only one, but connections share a channel."""
-        said: queue.Queue[tuple[triton.InferResult, InferenceServerException | None]] = queue.Queue()
+        """The responses to one attempt. A connection takes only one stream, but connections share a channel."""
+        responses: queue.Queue[tuple[triton.InferResult, InferenceServerException | None]] = queue.Queue()
         until = time.monotonic() + seconds
         connection = triton.InferenceServerClient(self._url)
         final = False
         try:
-            connection.start_stream(lambda result, error: said.put((result, error)), stream_timeout=seconds)
-            with contextlib.suppress(InferenceServerException):  # it has failed already: why comes as a response
+            connection.start_stream(lambda result, error: responses.put((result, error)), stream_timeout=seconds)
+            with contextlib.suppress(InferenceServerException):  # its error comes as a response
                 connection.async_stream_infer(**call.options(seconds))
             while not final:
                 try:
-                    result, error = said.get(timeout=max(0.0, until - time.monotonic()) + 1)
+                    result, error = responses.get(timeout=max(0.0, until - time.monotonic()) + 1)
                 except queue.Empty:
                     raise TimedOutError(f"no answer within {seconds:.1f} s") from None
                 if error is not None:

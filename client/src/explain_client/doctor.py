@@ -1,4 +1,4 @@
-"""``explain doctor``: whether a server can do what this client asks of it, and if not, what is wrong."""
+"""``explain doctor``: checks whether this client can use a server, and says what is wrong if not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from explain_client.errors import ExplainError
 
 T = TypeVar("T")
 OLDEST_SERVER = (2, 51)
-# What this client asks of each model; an older or newer model repository may have other outputs.
+# Outputs that this client requests; those of an older or newer model repository may differ.
 CONTRACT = {
     "classify": {"PROBABILITIES"},
     "explain": {
@@ -40,7 +40,7 @@ TIMED_CALLS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ``message`` says what was found, or what is wrong and what to do."""
+    """The result of one check; ``message`` says what is wrong and what to do, or what is there."""
 
     name: str
     is_good: bool
@@ -48,7 +48,7 @@ class Finding:
 
 
 def diagnose(url: str, timeout: float = 30.0) -> Iterator[Finding]:
-    """Look at one thing after the other, up to the first that leaves no sense in going on."""
+    """Run the checks in order; stop at a fault that makes the others pointless."""
     host, _, port = url.rpartition(":")
     if not host or not port.isdigit():
         yield Finding("address", False, f"{url!r} is not HOST:PORT, for example localhost:8001")
@@ -68,11 +68,11 @@ def diagnose(url: str, timeout: float = 30.0) -> Iterator[Finding]:
         )
         return
     with contextlib.closing(triton.InferenceServerClient(url)) as client:
-        found = _ask(lambda: client.get_server_metadata(client_timeout=timeout))
-        if isinstance(found, str):
-            yield Finding("server", False, f"{url} is no Triton server, or not able to answer: {found}")
+        metadata = _ask(lambda: client.get_server_metadata(client_timeout=timeout))
+        if isinstance(metadata, str):
+            yield Finding("server", False, f"{url} is not a Triton server, or cannot answer: {metadata}")
             return
-        yield _check_version(found.name, found.version)
+        yield _check_version(metadata.name, metadata.version)
         for model, outputs in CONTRACT.items():
             yield _check_model(client, model, outputs, timeout)
         if not all(_is_ready(client, model, timeout) for model in CONTRACT):
@@ -81,7 +81,7 @@ def diagnose(url: str, timeout: float = 30.0) -> Iterator[Finding]:
 
 
 def _speaks_http(host: str, port: int) -> bool:
-    """Whether a plain HTTP request is answered as such; gRPC answers with frames.
+    """Whether a plain HTTP request gets a plain HTTP answer; gRPC answers with frames.
 
     Raises:
         OSError: nothing listens there.
@@ -103,17 +103,17 @@ def _check_version(name: str, version: str) -> Finding:
 
 
 def _check_model(client: triton.InferenceServerClient, model: str, outputs: set[str], timeout: float) -> Finding:
-    found = _ask(lambda: client.get_model_metadata(model, client_timeout=timeout))
-    if isinstance(found, str):
-        if "not found" in found:
+    metadata = _ask(lambda: client.get_model_metadata(model, client_timeout=timeout))
+    if isinstance(metadata, str):
+        if "not found" in metadata:
             return Finding(model, False, f"the server has no model {model!r}: serve this project's model_repository")
-        return Finding(model, False, f"model {model!r} is not ready: {found}")
-    missing = outputs - {output.name for output in found.outputs}
+        return Finding(model, False, f"model {model!r} is not ready: {metadata}")
+    missing = outputs - {output.name for output in metadata.outputs}
     if missing:
         names = ", ".join(sorted(missing))
         return Finding(model, False, f"model {model!r} has no output {names}: another version of the model repository")
     if not _is_ready(client, model, timeout):
-        return Finding(model, False, f"model {model!r} is not ready: look into the server's log")
+        return Finding(model, False, f"model {model!r} is not ready: see the server's log")
     return Finding(model, True, "ready")
 
 
@@ -143,7 +143,7 @@ def _check_latency(url: str, timeout: float) -> Iterator[Finding]:
 
 
 def _ask(call: Callable[[], T]) -> T | str:
-    """What a call returns, or the message of the error."""
+    """A call's result, or the message of its error."""
     try:
         return call()
     except InferenceServerException as error:

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions that say who has to act."""
+"""Exceptions, by who has to act."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tritonclient.utils import InferenceServerException
 
 
 class ExplainError(Exception):
-    """A request got no answer; the message is the server's own, or says what kept it from answering.
+    """A request got no answer; the message is the server's, or says why there was none.
 
     Attributes:
-        status: gRPC's name of the status, for example ``INVALID_ARGUMENT``; empty if there is none.
+        status: the gRPC status, for example ``INVALID_ARGUMENT``; empty if there is none.
     """
 
     def __init__(self, message: str, status: str = "") -> None:
@@ -24,7 +24,7 @@ class RefusedError(ExplainError):
 
 
 class UnavailableError(ExplainError):
-    """The server cannot be reached or has no room now; later it may answer."""
+    """The server cannot be reached or has no room now; retrying later may help."""
 
 
 class TimedOutError(ExplainError):
@@ -41,13 +41,13 @@ _BY_STATUS = {
 
 
 def from_triton(error: InferenceServerException) -> ExplainError:
-    """The exception for one of tritonclient's."""
+    """This package's exception for one of tritonclient's."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     return _BY_STATUS.get(status, ExplainError)(error.message() or str(error), status)
 
 
-# The server's messages begin with a code in brackets, for example "[invalid] ...". A stream's error comes without a
-# status: with the header that asks for one, Triton 2.51 now and then crashes. Its code says what it is.
+# The server's messages begin with a code in brackets, for example "[invalid] ...". A stream's error has no status,
+# because Triton 2.51 sometimes crashes with the header that requests one. Its code gives the status.
 STATUS_BY_CODE = {
     "invalid": "INVALID_ARGUMENT",
     "overloaded": "UNAVAILABLE",

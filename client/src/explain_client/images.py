@@ -1,4 +1,4 @@
-"""Images in whatever form a caller has them, as the bytes of a file."""
+"""Converts a caller's image to the bytes of a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image, ImageOps
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
-# What the server's `preprocess` does: the short side resized, the centre cropped.
+# As in the server's `preprocess`: the short side is resized, the centre cropped.
 RESIZED_SIDE, CROPPED_SIDE = 256, 224
 
 
 def encoded(image: ImageSource) -> bytes:
-    """The file to send: as it is where there is one, else a PNG file, RGB where PNG does not have the image's mode.
+    """The bytes to send: a file's own, else a PNG file, in RGB if PNG lacks the image's mode.
 
     Args:
         image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3] or
@@ -48,13 +48,13 @@ def encoded(image: ImageSource) -> bytes:
 
 
 def as_seen(file: bytes) -> Image.Image:
-    """What the classifier sees of an image file, RGB 224 x 224, to be shown beside its heatmap."""
+    """The classifier's view of an image file, RGB 224 x 224, to show beside its heatmap."""
     with Image.open(io.BytesIO(file)) as opened:
         image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16 bits, of which the high byte counts
+    if image.mode.startswith("I"):  # 16 bits: the server keeps the high byte
         image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
     image = image.convert("RGB")
-    short = min(image.size)  # sides and edges as torchvision rounds them
+    short = min(image.size)  # sides and edges are rounded as in torchvision
     size = (RESIZED_SIDE * image.width // short, RESIZED_SIDE * image.height // short)
     image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - CROPPED_SIDE) / 2) for side in image.size)

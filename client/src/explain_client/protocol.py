@@ -1,4 +1,4 @@
-"""The serving contract: requests as tritonclient sends them, and its results as dataclasses. Both clients share it."""
+"""The serving contract: builds tritonclient's requests and reads its results into dataclasses, for both clients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from explain_client.results import Classification, Explanation, Level, Predictio
 ParameterValue: TypeAlias = str | int | float
 Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
 
-# A saliency map is 200 KB, attributions 600 KB, a heatmap some tens.
+# A saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
 TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request, but for its transport."""
+    """A request, without its transport."""
 
     model: str
     inputs: list[triton.InferInput]
@@ -30,13 +30,13 @@ class Call:
     parameters: dict[str, str | int]
 
     def options(self, seconds: float) -> dict[str, Any]:
-        """Keyword arguments of tritonclient's inference calls, for an answer within so many seconds."""
+        """Keyword arguments of tritonclient's inference calls, for an answer within ``seconds``."""
         return {
             "model_name": self.model,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "parameters": self.parameters,
-            # In microseconds, for the server: it stops working for an answer that nobody waits for.
+            # In microseconds: the server stops working on the request then.
             "timeout": max(1, int(1e6 * seconds)),
         }
 
@@ -57,7 +57,7 @@ def explain_call(
     """A request to ``explain`` or ``explain_stream``.
 
     Raises:
-        ValueError: ``want`` has a name that is none.
+        ValueError: ``want`` has an unknown name.
     """
     unknown = set(want) - set(TENSORS)
     if unknown:
@@ -66,18 +66,18 @@ def explain_call(
     if target is not None:
         inputs.append(triton.InferInput("TARGET", [1, 1], "INT64"))
         inputs[-1].set_data_from_numpy(np.array([[target]], np.int64))
-    names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[each] for each in want)]
+    names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
     outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
     return Call(model, inputs, outputs, as_sent(parameters))
 
 
 def as_sent(parameters: Mapping[str, ParameterValue]) -> dict[str, str | int]:
-    """Request parameters as Triton 2.51 takes them: its Python backend drops doubles, so those go as strings."""
+    """Request parameters to send, floats as strings: the Python backend of Triton 2.51 drops doubles."""
     return {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
 
 
 def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
-    """Triton's classification extension: ``probability:index:label`` for each class."""
+    """Read Triton's classification extension, ``probability:index:label`` for each class."""
     predictions = []
     for entry in result.as_numpy("PROBABILITIES")[0]:
         probability, index, *label = entry.decode().split(":", 2)
@@ -109,15 +109,15 @@ def is_final(result: triton.InferResult) -> bool:
 
 def _attribution(result: triton.InferResult, milliseconds: float) -> dict[str, Any]:
     delta, steps, error = (result.as_numpy(name)[0, 0] for name in _SCALARS)
-    found = {name: result.as_numpy(output) for name, output in TENSORS.items()}
+    tensors = {name: result.as_numpy(output) for name, output in TENSORS.items()}
     return {
         "convergence_delta": float(delta),
         "n_steps": int(steps),
         "error_estimate": float(error),
         "milliseconds": milliseconds,
-        "saliency": None if found["saliency"] is None else found["saliency"][0],
-        "attributions": None if found["attributions"] is None else found["attributions"][0],
-        "heatmap_png": None if found["heatmap"] is None else bytes(found["heatmap"][0, 0]),
+        "saliency": None if tensors["saliency"] is None else tensors["saliency"][0],
+        "attributions": None if tensors["attributions"] is None else tensors["attributions"][0],
+        "heatmap_png": None if tensors["heatmap"] is None else bytes(tensors["heatmap"][0, 0]),
     }
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run: images, predictions and heatmaps embedded, nothing loaded from elsewhere."""
+"""One self-contained HTML page for a run: images, predictions and heatmaps are embedded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ JPEG_QUALITY = 85
 
 
 class Report:
-    """The page under way, as a context manager: items go to the disk as they come, the page is there at the end.
+    """A page under way, as a context manager. Items are written to a temporary file, which becomes the page at the end.
 
     Args:
-        path: where the page goes; what is there is replaced when it is complete.
+        path: file of the page; an existing one is replaced when the page is complete.
 
     Raises:
         OSError: the page cannot be written.
@@ -51,31 +51,31 @@ class Report:
         Path(self._file.name).chmod(0o644)
         shutil.move(self._file.name, self._path)
 
-    def add(self, name: str, file: bytes, found: Explanation) -> None:
-        """An image, its encoded bytes, and what was found; needs its heatmap."""
-        top = found.predictions[0]
-        error = "" if math.isnan(found.error_estimate) else f"{found.error_estimate:.4f}"
+    def add(self, name: str, file: bytes, explanation: Explanation) -> None:
+        """Add an image by its encoded bytes and its explanation, which must have the heatmap."""
+        top = explanation.predictions[0]
+        error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
         facts = [
-            f"evidence for <b>{escape(found.explained_label)}</b>",
-            f"{found.n_steps} steps",
-            f"estimated error {100 * found.error_estimate:.1f} %" if error else "no error estimate",
-            f"{found.milliseconds:.0f} ms",
+            f"evidence for <b>{escape(explanation.explained_label)}</b>",
+            f"{explanation.n_steps} steps",
+            f"estimated error {100 * explanation.error_estimate:.1f} %" if error else "no error estimate",
+            f"{explanation.milliseconds:.0f} ms",
         ]
         seen = io.BytesIO()
         as_seen(file).save(seen, "JPEG", quality=JPEG_QUALITY)
         self._write(
             name,
-            f'data-probability="{top.probability:.6f}" data-error="{error}" data-steps="{found.n_steps}" '
-            f'data-milliseconds="{found.milliseconds:.1f}"',
+            f'data-probability="{top.probability:.6f}" data-error="{error}" data-steps="{explanation.n_steps}" '
+            f'data-milliseconds="{explanation.milliseconds:.1f}"',
             '<div class="view">'
             f'<img alt="the image" src="{_data_url("image/jpeg", seen.getvalue())}">'
-            f'<img alt="its heatmap" class="over" src="{_data_url("image/png", found.heatmap_png or b"")}"></div>'
+            f'<img alt="its heatmap" class="over" src="{_data_url("image/png", explanation.heatmap_png or b"")}"></div>'
             f'<input type="range" min="0" max="100" value="50" aria-label="image to heatmap, {escape(name)}">'
-            f'<div class="predictions">{"".join(_bars(found))}</div><p class="facts">{" · ".join(facts)}</p>',
+            f'<div class="predictions">{"".join(_bars(explanation))}</div><p class="facts">{" · ".join(facts)}</p>',
         )
 
     def add_failure(self, name: str, message: str) -> None:
-        """An image that got no answer, and why."""
+        """Add an image that was not explained, and the reason."""
         self._write(name, 'data-failed="1"', f'<p class="failure">{escape(message)}</p>')
 
     def _write(self, name: str, data: str, content: str) -> None:
@@ -84,12 +84,13 @@ class Report:
         self._count += 1
 
 
-def _bars(found: Explanation) -> list[str]:
+def _bars(explanation: Explanation) -> list[str]:
+    explained = explanation.explained_class
     return [
-        f'<span class="label{" explained" if each.index == found.explained_class else ""}">{escape(each.label)}</span>'
-        f'<span class="track"><i style="width:{100 * each.probability:.1f}%"></i></span>'
-        f'<span class="number">{100 * each.probability:.1f} %</span>'
-        for each in found.predictions
+        f'<span class="label{" explained" if prediction.index == explained else ""}">{escape(prediction.label)}</span>'
+        f'<span class="track"><i style="width:{100 * prediction.probability:.1f}%"></i></span>'
+        f'<span class="number">{100 * prediction.probability:.1f} %</span>'
+        for prediction in explanation.predictions
     ]
 
 

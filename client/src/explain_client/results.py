@@ -1,4 +1,4 @@
-"""What the server answered, as frozen dataclasses with NumPy arrays."""
+"""The server's answers as frozen dataclasses with NumPy arrays."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Attribution:
-    """How much each pixel speaks for a class, and how well that is known.
+    """How much each pixel supports a class, with error estimates.
 
     Attributes:
         convergence_delta: sum of the attributions minus the change of the output along the path.
-        n_steps: gradient evaluations spent.
+        n_steps: gradient evaluations taken.
         error_estimate: estimated relative error of the attribution; NaN where the method gives none.
-        milliseconds: from sending the request to having this.
-        saliency: float32 [224, 224], the attribution summed over channels; positive speaks for the class. None if it
-            was not asked for.
-        attributions: float32 [3, 224, 224], per channel. None if not asked for.
-        heatmap_png: the saliency drawn over the image as the model saw it, a PNG file. None if not asked for.
+        milliseconds: from sending the request to this response.
+        saliency: float32 [224, 224], the attribution summed over channels; positive values support the class. None if
+            not requested.
+        attributions: float32 [3, 224, 224], per channel. None if not requested.
+        heatmap_png: the saliency drawn over the image as the model saw it, a PNG file. None if not requested.
     """
 
     convergence_delta: float
@@ -47,10 +47,10 @@ class Attribution:
         """The heatmap as an RGB image.
 
         Raises:
-            ValueError: it was not asked for.
+            ValueError: it was not requested.
         """
         if self.heatmap_png is None:
-            raise ValueError("the heatmap was not asked for; name it in `want`")
+            raise ValueError("the heatmap was not requested; name it in `want`")
         return Image.open(io.BytesIO(self.heatmap_png)).convert("RGB")
 
 
@@ -79,7 +79,7 @@ class Classification:
     Attributes:
         predictions: the likeliest classes, best first.
         explained_class: the class whose evidence will be shown.
-        milliseconds: from sending the request to having this.
+        milliseconds: from sending the request to this response.
     """
 
     predictions: tuple[Prediction, ...]
@@ -104,5 +104,5 @@ class Level(Attribution):
 
 
 def label_of(index: int, predictions: tuple[Prediction, ...]) -> str:
-    """The label of a class if it is among some predictions, else its number."""
-    return next((each.label for each in predictions if each.index == index), str(index))
+    """The label of a class if it is among the predictions, else its number."""
+    return next((prediction.label for prediction in predictions if prediction.index == index), str(index))

@@ -1,4 +1,4 @@
-"""When to ask again: only where nothing has been answered, the server had no room, and there is time left."""
+"""When to retry: only if the server was unavailable, nothing was answered, and there is time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST_DELAY, LONGEST_DELAY = 0.1, 2.0
 class Attempts:
     """The attempts at one request, which together may take ``timeout`` seconds.
 
-    A request for an explanation changes nothing, so it is safe to send again. Only UNAVAILABLE is worth it.
+    Requests change nothing on the server, so retries are safe. Only UNAVAILABLE is retried.
     """
 
     def __init__(self, timeout: float, retries: int) -> None:
@@ -23,7 +23,7 @@ class Attempts:
 
     @property
     def seconds_left(self) -> float:
-        """For the attempt at hand."""
+        """Seconds for the present attempt."""
         return max(1e-3, self._until - time.monotonic())
 
     def delay_after(self, error: ExplainError) -> float:

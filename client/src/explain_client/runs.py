@@ -1,4 +1,4 @@
-"""Many images through one server: bounded in flight, in no order, and no failure ends the rest."""
+"""Explains many images: a bounded number at a time, in any order; a failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Source:
-    """An image of a run: what it is called, where it comes from (None: standard input), and where its heatmap goes."""
+    """An image of a run: its name, its file (None: standard input), and the file of its heatmap."""
 
     name: str
     path: Path | None
@@ -38,37 +38,37 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: its bytes and an explanation, or an error."""
+    """The result for an image: its bytes and an explanation, or an error."""
 
     source: Source
     file: bytes
-    found: Explanation | None
+    explanation: Explanation | None
     error: ExplainError | OSError | None
 
 
 def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
-    """Files, folders (searched through), patterns and ``-`` as images; a file that is named twice is one.
+    """The images of files, folders (with subfolders), patterns and ``-``; each file once.
 
-    Heatmaps get the names of their images, below ``out`` as those lie below a folder. Where two would get one name,
-    their suffixes tell them apart.
+    A heatmap's path below ``out`` is that of its image below the folder. Where two would be the same, the later one
+    keeps its image's suffix.
     """
-    found: dict[Path | None, Path] = {}  # and where below `out` it goes, as a name without suffix
+    places: dict[Path | None, Path] = {}  # image -> path of its heatmap below `out`, without suffix
     for argument in arguments:
         if argument == STDIN:
-            found.setdefault(None, Path("stdin"))
+            places.setdefault(None, Path("stdin"))
         elif os.path.isdir(argument):
             for file in sorted(Path(argument).rglob("*")):
                 if file.suffix.lower() in SUFFIXES and file.is_file():
-                    found.setdefault(file, file.relative_to(argument).with_suffix(""))
+                    places.setdefault(file, file.relative_to(argument).with_suffix(""))
         elif glob.has_magic(argument) and not os.path.exists(argument):
             for match in map(Path, sorted(glob.glob(argument, recursive=True))):
                 if match.is_file():
-                    found.setdefault(match, Path(match.stem))
+                    places.setdefault(match, Path(match.stem))
         else:
-            found.setdefault(Path(argument), Path(Path(argument).stem))
+            places.setdefault(Path(argument), Path(Path(argument).stem))
     taken: dict[Path, int] = {}
     sources = []
-    for path, place in found.items():
+    for path, place in places.items():
         number = taken.get(place, 0)
         taken[place] = number + 1
         if number and path is not None:
@@ -87,16 +87,16 @@ async def explain_all(
     want: Sequence[Wanted],
     parameters: Mapping[str, ParameterValue],
 ) -> AsyncIterator[Outcome]:
-    """Explain images, at most ``concurrency`` at a time; yields each as it is done."""
+    """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes."""
 
     async def explain(source: Source) -> Outcome:
         file = b""
         try:
             file = source.read()
-            found = await client.explain(file, target=target, top_k=top_k, want=want, **parameters)
+            explanation = await client.explain(file, target=target, top_k=top_k, want=want, **parameters)
         except (ExplainError, OSError) as error:
             return Outcome(source, file, None, error)
-        return Outcome(source, file, found, None)
+        return Outcome(source, file, explanation, None)
 
     waiting: Iterator[Source] = iter(sources)
     under_way: set[asyncio.Task[Outcome]] = set()

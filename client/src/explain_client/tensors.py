@@ -1,4 +1,4 @@
-"""For callers that preprocess themselves: tensors in and out, on the server's own host through shared memory."""
+"""For callers that preprocess themselves: tensors in and out, through shared memory on the server's own host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SharedMemory = Literal["system", "cuda"]
 
 @dataclass(frozen=True)
 class TensorAttribution:
-    """What ``integrated_gradients`` answers about n images.
+    """The answer of ``integrated_gradients`` for n images.
 
     Attributes:
         attributions: float32 [n, 3, 224, 224].
@@ -44,13 +44,13 @@ class TensorClient:
 
     Args:
         url: host and gRPC port.
-        timeout: seconds that a request may take.
-        shared_memory: how pixels and attributions go to and fro: through system or CUDA shared memory of this host, or,
-            absent, over the connection.
-        headers: sent with every call; a server that restricts the shared-memory API wants its key here.
+        timeout: seconds for a request.
+        shared_memory: transfer pixels and attributions through system or CUDA shared memory of this host; None: over
+            the connection.
+        headers: sent with every call; for a server that restricts the shared-memory API, its key.
         device: number of the CUDA device whose memory is shared.
 
-    Every method raises what those of ``ExplainClient`` raise.
+    Every method raises the errors of ``ExplainClient``'s methods.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TensorClient:
         self.close()
 
     def close(self) -> None:
-        """Give the shared memory back and close the connection."""
+        """Free the shared memory and close the connection."""
         for region in self._regions.values():
             region.close()
         self._regions.clear()
@@ -97,8 +97,8 @@ class TensorClient:
 
         Args:
             pixels: float32 [n, 3, 224, 224].
-            logits: float32 [n, classes], what ``classify`` says of them.
-            targets: a class for each image; the predicted ones if absent.
+            logits: float32 [n, classes], from ``classify`` for these pixels.
+            targets: class to explain of each image; None: the predicted ones.
             parameters: request parameters of the serving contract.
         """
         inputs = [self._shared_input("PIXELS", pixels), _input("LOGITS", np.ascontiguousarray(logits, np.float32))]
@@ -136,7 +136,7 @@ class TensorClient:
             raise from_triton(error) from error
 
     def _shared_input(self, name: str, values: FloatArray) -> triton.InferInput:
-        """An input whose numbers lie in shared memory, if that is wanted."""
+        """An input tensor, in shared memory if the client uses it."""
         values = np.ascontiguousarray(values, np.float32)
         region = self._region(name, values.nbytes)
         if region is None:
@@ -147,7 +147,7 @@ class TensorClient:
         return tensor
 
     def _region(self, name: str, size: int) -> _Region | None:
-        """Kept from call to call; made anew where it is too small."""
+        """A shared region, kept between calls and replaced if it is too small; None without shared memory."""
         if self._kind is None:
             return None
         region = self._regions.get(name)
@@ -160,7 +160,7 @@ class TensorClient:
 
 
 class _Region:
-    """Memory that is shared with the server and registered there."""
+    """Memory that is shared with the server and registered with it."""
 
     _memory: Any  # tritonclient's module for it
 
@@ -179,8 +179,8 @@ class _Region:
 
     def read(self, shape: Sequence[int]) -> FloatArray:
         """A copy of what the server wrote."""
-        found: FloatArray = self._memory.get_contents_as_numpy(self._handle, np.float32, shape)
-        return found.copy()
+        values: FloatArray = self._memory.get_contents_as_numpy(self._handle, np.float32, shape)
+        return values.copy()
 
     def close(self) -> None:
         try:

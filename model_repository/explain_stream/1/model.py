@@ -1,10 +1,10 @@
-"""Triton model, decoupled: an image's prediction at once, then attributions that sharpen level by level.
+"""Triton model, decoupled: an image's prediction at once, then attributions that get more exact level by level.
 
-A stream is walked by tasks, one for the prediction and one for each level, so that a thread is taken only while there
-is something to wait for, and streams take turns. Predictions have threads of their own.
+A stream is answered by tasks: one for the prediction and one for each request of a level. A stream holds a thread only
+while a task runs, and streams take turns. Predictions have threads of their own.
 """
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 import math
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# What all models of this repository share lies there.
+# The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
 from error_codes import code_of, triton_error, with_status
@@ -32,14 +32,14 @@ from stream_levels import LevelAccumulator, LevelAnswer, plan_stream
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
 ATTRIBUTION_ANSWERS = ("ATTRIBUTIONS", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "WEIGHT_SUM")
 
-# The contract has some twenty parameters; each part of a stream is asked for with all of them.
+# The contract has about twenty parameters; each part of a stream is requested with all of them.
 MOST_PARAMETERS = 64
 # The shortest deadline that `integrated_gradients` takes.
 LEAST_DEADLINE_MS = 1.0
 
 
 class StreamError(Exception):
-    """What ends a stream: a ``pb_utils.TritonError``."""
+    """Ends a stream with its ``error``, a ``pb_utils.TritonError``."""
 
     def __init__(self, error: pb_utils.TritonError) -> None:
         super().__init__(error.message())
@@ -47,10 +47,10 @@ class StreamError(Exception):
 
 
 class _Stream:
-    """A request that is being answered.
+    """A request under way.
 
     Raises:
-        StreamError: it is larger than a stream may be.
+        StreamError: the request is too large, or has no image.
     """
 
     def __init__(self, request: Any, sender: Any, max_bytes: int) -> None:
@@ -59,7 +59,7 @@ class _Stream:
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.wanted = set(request.requested_output_names())
         self.images = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().copy()
-        if self.images.ndim != 2:  # of a batch of none, Triton 2.51 makes a single one without its batch dimension
+        if self.images.ndim != 2:  # Triton 2.51 drops the batch dimension of an empty batch
             raise _refusal("IMAGE must be at least one")
         size = sum(map(len, self.images[:, 0]))
         if size > max_bytes:
@@ -73,7 +73,7 @@ class _Stream:
         self.plan = plan_stream(self.parameters)
 
     def check_wanted(self) -> None:
-        """Whether anybody still waits for it.
+        """Check that the client still waits.
 
         Raises:
             StreamError: the stream was cancelled, or its timeout is over.
@@ -87,15 +87,15 @@ class _Stream:
         return triton_error("late", f"the request's timeout of {self.timeout_seconds:g} s is over")
 
     def timeout_left(self) -> float:
-        """Seconds until nobody waits for it; infinite without a timeout."""
+        """Seconds left of the request's timeout; infinite without one."""
         return self.timeout_seconds - (time.monotonic() - self.arrived)
 
     def deadline_left_ms(self) -> float:
-        """What is left of its deadline; infinite without one."""
+        """Milliseconds left of the deadline; infinite without one."""
         return self.plan.deadline_ms - 1000 * (time.monotonic() - self.arrived)
 
     def with_time_left(self, parameters: Mapping) -> Mapping:
-        """Parameters whose deadline counts from the stream's arrival, as ones whose deadline counts from now."""
+        """The same parameters with the deadline counted from now instead of from the stream's arrival."""
         left = self.deadline_left_ms()
         return parameters if math.isinf(left) else {**parameters, "deadline_ms": str(max(LEAST_DEADLINE_MS, left))}
 
@@ -117,7 +117,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.predictions.shutdown()
         self.refinements.shutdown()
-        self.metrics.clear()  # before their family, which they must not outlive
+        self.metrics.clear()  # first: a metric must not outlive its family
         self.family = None
 
     def execute(self, requests: list[Any]) -> None:
@@ -133,26 +133,26 @@ class TritonPythonModel:
                 continue
             try:
                 stream = _Stream(request, sender, self.max_bytes)
-            except Exception as failure:  # left to Triton, it would leave the client waiting for ever
+            except Exception as failure:  # Triton would leave the client waiting for ever
                 self._end(sender, failure)
                 continue
             self.predictions.submit(self._advance, stream, self._answer(stream))
 
     def _advance(self, stream: _Stream, answer: Iterator[tuple[dict[str, np.ndarray], bool]]) -> None:
-        """Do a stream's next task and line up for the one after it; whatever happens, a stream gets its end."""
+        """Run a stream's next task and queue the one after it; end the stream after the last one or a failure."""
         try:
             outputs, is_last = next(answer)
             _send(stream, outputs, is_last)
             if not is_last:
                 self.refinements.submit(self._advance, stream, answer)
                 return
-        except Exception as failure:  # anything else would leave the client waiting for ever
+        except Exception as failure:  # without an answer the client would wait for ever
             self._end(stream.sender, failure)
         else:
             self._end(stream.sender)
 
     def _end(self, sender: Any, failure: Exception | None = None) -> None:
-        """A stream is over: answered to the end, or ended by an error."""
+        """Count a stream as ended, and answer with its error if it failed."""
         with self.lock:
             self.under_way -= 1
         outcome = "explained"
@@ -163,10 +163,10 @@ class TritonPythonModel:
         self._count(outcome)
 
     def _count(self, outcome: str) -> None:
-        """Tell Triton's metrics of a stream that is over."""
+        """Count an ended stream in Triton's metrics."""
         if self.family is None:
             return
-        # One after the other: a metric that two threads tell of at once makes Triton 2.51 read memory that is gone.
+        # Locked: a metric that two threads update at once makes Triton 2.51 read freed memory.
         with self.metrics_lock:
             if outcome not in self.metrics:
                 self.metrics[outcome] = self.family.Metric(labels={**self.labels, "outcome": outcome})
@@ -175,14 +175,14 @@ class TritonPythonModel:
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
         """The outputs of each response to a stream, and whether it is the last.
 
-        Between the requests of one level it yields no outputs, for others to have their turn.
+        Between the requests of a level it yields no outputs, so that other streams have their turn.
         """
         pixels, logits, probabilities, target = self._predict(stream)
         yield (
             {"PROBABILITIES": probabilities, "EXPLAINED_CLASS": target},
             not stream.wanted.intersection(ATTRIBUTION_OUTPUTS),
         )
-        so_far = LevelAccumulator()
+        accumulator = LevelAccumulator()
         levels = stream.plan.levels
         for level in levels:
             answers: list[LevelAnswer] = []
@@ -190,34 +190,34 @@ class TritonPythonModel:
                 if answers:
                     yield {}, False
                 inputs = {"PIXELS": pixels, "LOGITS": logits, "TARGET": target}
-                found = self._ask(
+                outputs = self._ask(
                     stream, "integrated_gradients", inputs, ATTRIBUTION_ANSWERS, stream.with_time_left(parameters)
                 )
-                answers.append(LevelAnswer(*(found[name] for name in ATTRIBUTION_ANSWERS)))
+                answers.append(LevelAnswer(*(outputs[name] for name in ATTRIBUTION_ANSWERS)))
             is_last = level is levels[-1] or stream.deadline_left_ms() <= 0
-            yield self._outputs(stream, pixels, so_far.take(answers, level, is_last)), is_last
+            yield self._outputs(stream, pixels, accumulator.take(answers, level, is_last)), is_last
 
     def _predict(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [n, 3, height, width], logits and probabilities [n, classes], and explained classes [n, 1]."""
         pixels = self._ask(stream, "preprocess", {"IMAGE": stream.images}, ("PIXELS",))["PIXELS"]
-        stream.images = None  # a stream may wait long for its turns, and its files may be large
-        found = self._ask(stream, "classifier", {"INPUT__0": pixels}, ("OUTPUT__0", "OUTPUT__1"))
-        logits = found["OUTPUT__0"]
+        stream.images = None  # frees the files, which may be large, while the stream waits for its turns
+        classified = self._ask(stream, "classifier", {"INPUT__0": pixels}, ("OUTPUT__0", "OUTPUT__1"))
+        logits = classified["OUTPUT__0"]
         classes = logits.shape[1]
         wrong = stream.target[(stream.target < -1) | (stream.target >= classes)]
         if wrong.size:
             raise _refusal(f"TARGET must be from -1 (the predicted class) to {classes - 1}, not {wrong[0]}")
         target = np.where(stream.target == -1, logits.argmax(axis=1)[:, None], stream.target)
-        return pixels, logits, found["OUTPUT__1"], target
+        return pixels, logits, classified["OUTPUT__1"], target
 
-    def _outputs(self, stream: _Stream, pixels: np.ndarray, found: LevelAnswer) -> dict[str, np.ndarray]:
-        saliency = found.attributions.sum(axis=1)
+    def _outputs(self, stream: _Stream, pixels: np.ndarray, answer: LevelAnswer) -> dict[str, np.ndarray]:
+        saliency = answer.attributions.sum(axis=1)
         outputs = {
-            "ATTRIBUTIONS": found.attributions,
+            "ATTRIBUTIONS": answer.attributions,
             "SALIENCY": saliency,
-            "CONVERGENCE_DELTA": found.convergence_delta,
-            "N_STEPS": found.n_steps,
-            "ERROR_ESTIMATE": found.error_estimate,
+            "CONVERGENCE_DELTA": answer.convergence_delta,
+            "N_STEPS": answer.n_steps,
+            "ERROR_ESTIMATE": answer.error_estimate,
         }
         if "HEATMAP" in stream.wanted:
             inputs = {"PIXELS": pixels, "RELEVANCE": saliency}
@@ -232,7 +232,11 @@ class TritonPythonModel:
         outputs: tuple[str, ...],
         parameters: Mapping = MappingProxyType({}),
     ) -> dict[str, np.ndarray]:
-        """Another model's answer; what it refuses ends the stream, and so does that nobody waits any more."""
+        """Another model's output tensors, by name.
+
+        Raises:
+            StreamError: that model refuses the request, or the client no longer waits.
+        """
         stream.check_wanted()
         left = stream.timeout_left()
         request = pb_utils.InferenceRequest(
@@ -251,7 +255,7 @@ class TritonPythonModel:
 
 
 def _with_status(error: pb_utils.TritonError, stream: _Stream) -> pb_utils.TritonError:
-    """Another model's error with its own status, which Triton 2.51 makes INTERNAL on the way."""
+    """Another model's error with its original status, which Triton 2.51 replaces by INTERNAL."""
     if error.code() != pb_utils.TritonError.INTERNAL:
         return error
     code = code_of(error.message())
@@ -265,13 +269,13 @@ def _refusal(message: str) -> StreamError:
 
 
 def _internal_error(failure: Exception) -> pb_utils.TritonError:
-    """The answer to an error of this model's own, which is logged; call it where that is handled."""
+    """Log the exception being handled and return the answer to it."""
     pb_utils.Logger.log_error(f"explain_stream failed: {traceback.format_exc()}")
     return triton_error("failed", f"explain_stream failed: {failure!r:.200}")
 
 
 def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> None:
-    """A response with the wanted ones of some outputs, if there are any; the last in any case."""
+    """Send a response with the requested ones of ``outputs``; one without outputs is sent only if it is the last."""
     tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in stream.wanted]
     flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
     if tensors or is_last:
@@ -279,6 +283,6 @@ def _send(stream: _Stream, outputs: dict[str, np.ndarray], is_last: bool) -> Non
 
 
 def _refuse(sender: Any, error: pb_utils.TritonError) -> None:
-    """The response that ends a stream with an error."""
+    """Send the response that ends a stream with an error."""
     response = pb_utils.InferenceResponse(error=error)
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

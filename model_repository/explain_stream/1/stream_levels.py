@@ -1,8 +1,8 @@
-"""How an explanation is cut into levels, each of which asks for the gradients that the levels before left out.
+"""How an explanation is cut into levels. Each level requests gradients that the levels before left out.
 
-A rule with known nodes comes in interleaved parts: every eighth node, then those halfway between, and so on. The parts
-so far, divided by the sum of their weights, approximate the attribution. All of them add up to it. A tolerance, a
-deadline and the method ``calibrated`` have no such parts; a coarse request goes before them.
+A rule with known nodes is requested in interleaved parts: every eighth node, then those halfway between, and so on. The
+parts so far, divided by the sum of their weights, approximate the attribution. All parts add up to it. A tolerance, a
+deadline and the method ``calibrated`` have no such parts; they are preceded by a coarse request.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from attribution_parameters import AttributionParameters, read_parameters
 
-# The fewest nodes of a part that says something about the whole path.
+# Fewest nodes of a part that still represents the whole path.
 LEAST_NODES = 4
-# The most of one request, for each image: between two of them a stream can be cancelled.
+# Most nodes of one request, for each image: a stream can be cancelled only between requests.
 MOST_NODES = 32
-# Of a request that is cut into levels: a number from a client must not make a list as long.
+# Most steps of a request that is cut into levels: a client must not cause a list of arbitrary length.
 MOST_STEPS = 10_000
-# The coarse request that goes before one whose number of steps depends on the image.
+# The coarse request before one whose number of steps depends on the image.
 COARSE_TOLERANCE = 0.5
 COARSE_STEPS = 3
-# Two interleaved sums of as many nodes relate like a trapezoid and a midpoint sum: for a jump at a random place, the
+# Two interleaved sums of n nodes each relate like a trapezoid and a midpoint sum: for a jump at a random place, the
 # difference is half an interval, and the error of their mean 1/sqrt(12) of it. The rest is margin.
 ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
 
@@ -34,9 +34,9 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PlannedLevel:
-    """Requests to `integrated_gradients`, by their parameters.
+    """The parameters of each of a level's requests to `integrated_gradients`.
 
-    Each ``is_part`` of one attribution, or is an attribution by itself.
+    ``is_part``: the answers are parts of one attribution; otherwise the answer is an attribution by itself.
     """
 
     requests: Sequence[Parameters]
@@ -45,10 +45,10 @@ class PlannedLevel:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stream is going to ask, and by when.
+    """The requests of a stream, and its deadline.
 
-    ``levels``, the last of which makes it what `explain` would answer; ``deadline_ms`` counts from the stream's
-    arrival, infinite if there is none.
+    ``levels``: after the last one the answer is that of `explain`. ``deadline_ms`` counts from the stream's arrival and
+    is infinite without a deadline.
     """
 
     levels: Sequence[PlannedLevel]
@@ -56,27 +56,28 @@ class Plan:
 
 
 def plan_stream(parameters: Parameters) -> Plan:
-    """Read a request's parameters, once.
+    """Plan a stream from its request's parameters.
 
-    Those that are not valid are passed on, for `integrated_gradients` to refuse them.
+    Parameters that are not valid are passed on; `integrated_gradients` refuses them.
     """
-    asked = read_parameters(parameters)
-    if asked is None:
+    requested = read_parameters(parameters)
+    if requested is None:
         return Plan([PlannedLevel([parameters], False)], math.inf)
-    return Plan(_plan_levels(parameters, asked), math.inf if asked.deadline_ms is None else asked.deadline_ms)
+    deadline_ms = math.inf if requested.deadline_ms is None else requested.deadline_ms
+    return Plan(_plan_levels(parameters, requested), deadline_ms)
 
 
-def _plan_levels(parameters: Parameters, asked: AttributionParameters) -> list[PlannedLevel]:
+def _plan_levels(parameters: Parameters, requested: AttributionParameters) -> list[PlannedLevel]:
     whole = PlannedLevel([parameters], False)
-    if asked.parts > 1 or asked.n_steps > MOST_STEPS:
+    if requested.parts > 1 or requested.n_steps > MOST_STEPS:
         return [whole]
-    if asked.tolerance is not None or asked.deadline_ms is not None or asked.method == "calibrated":
-        if asked.n_steps <= COARSE_STEPS or (asked.tolerance or 0) >= COARSE_TOLERANCE:
+    if requested.tolerance is not None or requested.deadline_ms is not None or requested.method == "calibrated":
+        if requested.n_steps <= COARSE_STEPS or (requested.tolerance or 0) >= COARSE_TOLERANCE:
             return [whole]  # no coarse request is coarser
         coarse = {name: value for name, value in parameters.items() if name != "method"}
         return [PlannedLevel([{**coarse, "tolerance": str(COARSE_TOLERANCE), "n_steps": COARSE_STEPS}], False), whole]
     parts = 1
-    while asked.n_steps >= 2 * parts * LEAST_NODES:
+    while requested.n_steps >= 2 * parts * LEAST_NODES:
         parts *= 2
     if parts == 1:
         return [whole]
@@ -86,14 +87,14 @@ def _plan_levels(parameters: Parameters, asked: AttributionParameters) -> list[P
         levels.append([(parts // 2, parts)])
     return [
         PlannedLevel(
-            [{**parameters, "part": part, "parts": parts} for part, parts in _split(level, asked.n_steps)], True
+            [{**parameters, "part": part, "parts": parts} for part, parts in _split(level, requested.n_steps)], True
         )
         for level in levels
     ]
 
 
 def _split(level: Sequence[tuple[int, int]], n_steps: int) -> list[tuple[int, int]]:
-    """The same nodes in parts of at most ``MOST_NODES``."""
+    """Split parts of a level into parts of at most ``MOST_NODES`` nodes."""
     split = []
     for part, parts in level:
         pieces = math.ceil(n_steps / parts / MOST_NODES)
@@ -103,9 +104,9 @@ def _split(level: Sequence[tuple[int, int]], n_steps: int) -> list[tuple[int, in
 
 @dataclass(frozen=True)
 class LevelAnswer:
-    """What `integrated_gradients` answers for n images.
+    """The answer of `integrated_gradients` for n images.
 
-    ``attributions`` [n, ...]; ``convergence_delta``, ``error_estimate`` and ``weight_sum`` [n, 1]; ``n_steps`` [n, 1].
+    ``attributions`` is [n, ...]; the others are [n, 1].
     """
 
     attributions: np.ndarray
@@ -116,23 +117,23 @@ class LevelAnswer:
 
 
 class LevelAccumulator:
-    """The attribution so far."""
+    """Sums the parts of an attribution level by level."""
 
     def __init__(self) -> None:
         self._parts: LevelAnswer | None = None
         self._steps: np.ndarray | None = None
 
     def take(self, answers: Sequence[LevelAnswer], level: PlannedLevel, is_last: bool) -> LevelAnswer:
-        """Take the answers to a level's requests; the attribution that they make with those before.
+        """Add the answers to a level's requests; returns the attribution so far.
 
-        Its steps are all that were spent.
+        Its ``n_steps`` counts the steps of all levels so far.
         """
         spent = reduce(np.add, [answer.n_steps for answer in answers])
         self._steps = steps = spent if self._steps is None else self._steps + spent
         if not level.is_part:
             (answer,) = answers
             return replace(answer, n_steps=steps)
-        if self._parts is None:  # the first level: two parts, or more pieces of them, in order
+        if self._parts is None:  # the first level: the pieces of one part, then as many of another
             half = len(answers) // 2
             before, new = _sum(answers[:half]), _sum(answers[half:])
         else:
@@ -144,7 +145,7 @@ class LevelAccumulator:
             ERROR_PER_DIFFERENCE * _norms(change), scale, out=np.full_like(scale, np.inf), where=scale > 0
         )
         weight, delta = total.weight_sum, total.convergence_delta / total.weight_sum
-        if is_last:  # as it is, whatever its weights add up to: Captum's trapezoid ones fall short of 1
+        if is_last:  # not divided by its weights: those of Captum's trapezoid add up to less than 1
             weight, delta = np.ones_like(weight), _whole_delta(total)
             estimate = estimate + np.abs(1 - total.weight_sum)
         return LevelAnswer(
@@ -157,9 +158,9 @@ class LevelAccumulator:
 
 
 def _whole_delta(total: LevelAnswer) -> np.ndarray:
-    """[n, 1]: the sum of attributions less the whole change of the output.
+    """The sum of attributions minus the whole change of the output, [n, 1].
 
-    A part's own delta is less its share of that change only, and shares that do not add up to 1 leave some out.
+    The delta of a part subtracts its weights' share of that change, and all weights may add up to less than 1.
     """
     sums = total.attributions.reshape(len(total.attributions), -1).sum(axis=1, keepdims=True, dtype=np.float64)
     change = (sums - total.convergence_delta) / total.weight_sum

@@ -1,4 +1,4 @@
-"""The request parameters of ``heatmap``: parsed and validated once, trusted by everything after."""
+"""The request parameters of ``heatmap``: parsed and validated once, here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def parse_parameters(sent: Mapping[str, Any], foreign: Set[str] = frozenset()) -
     """Validate the parameters of one request.
 
     Args:
-        sent: names and values as they came; numbers may be numeric strings.
-        foreign: names that are passed over, because they belong to other steps of an ensemble. Names that begin with
-            ``triton_`` are Triton's own and are passed over too.
+        sent: names and values as received; numbers may be numeric strings.
+        foreign: names to ignore, because they belong to other steps of an ensemble. Names that begin with ``triton_``
+            are Triton's own and are ignored too.
 
     Raises:
-        ParameterError: names the parameter, what came and what is allowed.
+        ParameterError: names the parameter, its value and what is allowed.
     """
     return validate(HeatmapParameters, sent, foreign)

@@ -1,6 +1,6 @@
-"""Triton model: attributions and the pixels they belong to in, PNG overlays out."""
+"""Triton model: attributions and their pixels in, PNG overlays out."""
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# What all models of this repository share lies there.
+# The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
 from classifier_files import ClassifierFiles
@@ -22,7 +22,7 @@ from request_parameters import ParameterError
 
 
 class TensorError(ValueError):
-    """A tensor holds what cannot be drawn; the message names it."""
+    """A tensor has values that cannot be drawn; the message names it."""
 
 
 class TritonPythonModel:
@@ -43,7 +43,7 @@ class TritonPythonModel:
             heatmaps = self._draw(request)
         except (ParameterError, TensorError) as error:
             return pb_utils.InferenceResponse(error=triton_error("invalid", str(error)))
-        except Exception as failure:  # left to Triton, it would fail the whole batch
+        except Exception as failure:  # an exception would make Triton fail the whole batch
             pb_utils.Logger.log_error(f"heatmap failed: {traceback.format_exc()}")
             return pb_utils.InferenceResponse(error=triton_error("failed", f"heatmap failed: {failure!r:.200}"))
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("HEATMAP", heatmaps)])
@@ -54,7 +54,7 @@ class TritonPythonModel:
         pixels, relevance = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("PIXELS", "RELEVANCE")
         )
-        if pixels.ndim != 4 or relevance.ndim != 3:  # what Triton 2.51 makes of a batch of none
+        if pixels.ndim != 4 or relevance.ndim != 3:  # Triton 2.51 drops the batch dimension of an empty batch
             raise TensorError("PIXELS and RELEVANCE must be at least one")
         for name, values in (("PIXELS", pixels), ("RELEVANCE", relevance)):
             if not np.isfinite(values).all():

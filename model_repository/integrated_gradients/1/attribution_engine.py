@@ -1,12 +1,12 @@
-"""Integrated Gradients of many unlike jobs at once, with Captum's definitions and none of its repeated work.
+"""Integrated Gradients of many different jobs at once, by Captum's definitions, without its repeated work.
 
-Everything a batch asks becomes **rows**: one image at one point of its path. Rows of different images, targets, step
+A batch becomes **rows**. A row is one image at one point of its path. Rows of different images, targets, step
 counts, methods and noise samples share chunks of at most ``max_rows``, which bounds memory, and are summed back per
 path. Where the network has an affine ``stem``, it is evaluated at a path's ends only, and its transpose is applied to
 the sum of a path's gradients only. README.md beside this folder derives it.
 
 The engine has three verbs: the scheduler decides which rows come next, a pass takes their gradients, and each path
-commits what it got and says whether it needs another stage.
+adds its gradients and decides whether it needs another stage.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Share of the time left before a deadline that is planned for.
+# Share of the time left before a deadline for which steps are planned.
 TIME_SHARE = 0.85
-# Jobs whose steps depend on the image are expected to take what this tolerance takes.
+# A job whose number of steps depends on the image is expected to take as many as with this tolerance.
 USUAL_TOLERANCE = 0.05
-# On a GPU the CPU runs ahead. Passes are timed together, up to so many, each time it waits for the device.
+# On a GPU the CPU runs ahead. So up to this many passes are timed together, when the CPU waits for the device.
 PASSES_TIMED_TOGETHER = 8
 
 
 class _JobTask(Task):
-    """A job that has come: the noise samples still to be drawn, and the explanations of those that have finished."""
+    """A waiting or running job: the noise samples still to draw, and the explanations of those that have finished."""
 
     def __init__(self, job: Job, expected_rows: int, rows_before: int) -> None:
         super().__init__(expected_rows, rows_before, job.nt_samples, job.deadline, job.start_by, job.is_cancelled)
@@ -55,7 +55,7 @@ class _JobTask(Task):
         self._generator: torch.Generator | None = None
 
     def draw_image(self) -> Tensor:
-        """The next image to explain: the job's own, or with its next noise."""
+        """The next image to explain: the job's image, plus its next noise sample if it has noise."""
         job = self.job
         if not self.is_started:
             self._started = time.monotonic()
@@ -65,7 +65,7 @@ class _JobTask(Task):
         return job.image + job.stdevs * torch.randn(job.image.shape, generator=self._generator).to(job.image)
 
     def result(self) -> Explanation | None:
-        """The explanation, of those noise samples that there was time for."""
+        """The mean explanation of the noise samples that finished; None if none did."""
         if not self.explanations:
             return None
         seconds = time.monotonic() - self._started
@@ -80,10 +80,10 @@ class AttributionEngine:
     """Explains jobs of one network.
 
     Args:
-        network: a ``Network``, or what it takes. One that has ``stem`` and ``tail`` is hoisted.
+        network: a ``Network``, or a module for one. Where it has ``stem`` and ``tail``, the stem is hoisted.
         max_rows: rows of one forward and backward pass; bounds memory.
         capture: replay the passes as CUDA graphs; needs a network on a CUDA device.
-        density: where paths of this network need their nodes; needed for the method ``calibrated``.
+        density: node density of this network's paths; the method ``calibrated`` requires it.
         multiply_by_inputs: see Captum's ``IntegratedGradients``.
     """
 
@@ -106,24 +106,24 @@ class AttributionEngine:
         self.passes = (CapturedPasses if capture else EagerPasses)(self.network, max_rows)
         self._known_starts: dict[Hashable, StartPoint] = {}
         self._lock = threading.Lock()  # the passes share buffers
-        self._scheduler: _Scheduler | None = None  # of the call under way
+        self._scheduler: _Scheduler | None = None  # of the current call
         self._untimed: list[Pass] = []
         self._untimed_since = math.nan
 
     def explain(
         self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
     ) -> list[Explanation | None]:
-        """Explain unlike jobs together.
+        """Explain jobs together.
 
         Args:
-            jobs: what to explain; their images need not have one shape, but chunks are shared only where they do.
-            max_rows: fewer rows a chunk than the engine's own setting.
-            with_delta: compute convergence deltas, which takes up to two forward rows a path.
+            jobs: what to explain. Images of different shapes are allowed, but do not share a chunk.
+            max_rows: most rows of a chunk, if below the engine's setting.
+            with_delta: compute convergence deltas, which takes up to two forward rows for each path.
 
         Returns:
-            One explanation a job, in order; None for a job that was cancelled on the way.
+            One explanation for each job, in order; None for a cancelled job.
         """
-        jobs = [replace(job) for job in jobs]  # one that was given twice is two
+        jobs = [replace(job) for job in jobs]  # a job that is given twice is explained twice
         explanations = dict(self.explain_as_done(jobs, max_rows, with_delta))
         return [explanations[job] for job in jobs]
 
@@ -135,13 +135,13 @@ class AttributionEngine:
         with_delta: bool = True,
         arrivals: Callable[[], Iterable[Job]] = tuple,
     ) -> Iterator[tuple[Job, Explanation | None]]:
-        """The same, job by job: each with its explanation as soon as its last row is done.
+        """Yield each job with its explanation as soon as its last row is done.
 
         Args:
-            jobs: see ``explain``; no job twice.
+            jobs: see ``explain``; each job once.
             max_rows: see ``explain``.
             with_delta: see ``explain``.
-            arrivals: asked before each pass for further jobs, which join those under way.
+            arrivals: called before each pass; returns further jobs, which join those under way.
         """
         scheduler = _Scheduler(min(max_rows or self.max_rows, self.max_rows))
         with self._lock:
@@ -162,7 +162,7 @@ class AttributionEngine:
 
     @property
     def usual_rows(self) -> int:
-        """Rows of an image whose number of steps depends on it, as far as the network's error law says."""
+        """Expected rows of an image whose number of steps depends on it, by the network's error law."""
         law = TYPICAL_LAW if self.density is None else self.density.law["logit"]
         return math.ceil((1 + COARSE_SHARE) * law.planned_steps(USUAL_TOLERANCE))
 
@@ -172,11 +172,11 @@ class AttributionEngine:
         return job.nt_samples * rows
 
     def seconds_before(self, job: Job, others: Iterable[Job] = ()) -> float:
-        """Seconds until the first row of a job if it came now, as far as that is known; from any thread.
+        """Expected seconds until the first row of a job that comes now. Safe to call from any thread.
 
         Args:
-            job: the one that comes.
-            others: jobs that have come and are not under way yet.
+            job: the new job.
+            others: jobs that came before and are not under way yet.
         """
         return self.clock.seconds(self._rows_before(self._task(job).priority, [self._task(other) for other in others]))
 
@@ -216,9 +216,9 @@ class AttributionEngine:
         yield from scheduler.take_finished()
 
     def _finish_late(self, scheduler: _Scheduler, with_delta: bool) -> None:
-        """End paths whose deadline is over with the best answer there is.
+        """End paths whose deadline is over, with the best answer so far.
 
-        Where no noise sample of a job has an answer yet, one goes on.
+        If no noise sample of a job has an answer yet, one of them goes on.
         """
         unanswered: list[tuple[_JobTask, IntegrationPath]] = []
         for task, path in scheduler.late():
@@ -235,7 +235,7 @@ class AttributionEngine:
     def _run(self, chunk: _Chunk) -> _Chunk:
         """Take the gradients of a chunk and add them to its paths; returns the pieces that were done.
 
-        If the device has no memory for them, half of them are taken; the others come later.
+        If the device has too little memory, half of the rows are taken now and the others later.
         """
         place_end_points([piece.path for piece in chunk if not piece.path.is_placed], self.network, self._known_starts)
         first = chunk[0].path
@@ -265,7 +265,7 @@ class AttributionEngine:
         return chunk
 
     def _commit(self, chunk: _Chunk, scheduler: _Scheduler, with_delta: bool) -> None:
-        """Have the paths whose stage is complete begin another or end."""
+        """Begin the next stage of each path whose stage is complete, or finish the path."""
         for piece in chunk:
             if piece.path.rows_left:
                 continue
@@ -278,7 +278,7 @@ class AttributionEngine:
         scheduler.end(task, path)
 
     def _time(self, chunk: _Chunk) -> None:
-        """Tell the clock of the passes since the last time, once the device is done with them."""
+        """Record the time of all passes since the last record, once the device has finished them."""
         device = chunk[0].path.image.device
         if device.type == "cuda":
             has_deadline = any(piece.task.deadline is not None for piece in chunk)
@@ -289,7 +289,7 @@ class AttributionEngine:
         self._untimed.clear()
 
     def _rule(self, job: Job, sharing: int) -> Rule:
-        """The rule for one of a job's paths, which shares passes with so many paths that have a deadline."""
+        """The rule for a path of a job; ``sharing`` paths with a deadline share the passes."""
         device, density, is_paired = job.image.device, self.density, self.network.has_mean_slopes
         if job.refines:
             affordable = self._affordable_steps(job, int(is_paired), sharing)
@@ -306,11 +306,11 @@ class AttributionEngine:
         return FixedRule(nodes.to(device), weights)
 
     def _affordable_steps(self, job: Job, overlap: int, sharing: int) -> float:
-        """Steps of a path that there is time for before its job's deadline, if so many paths share the passes."""
+        """Steps of a path that fit before its job's deadline if ``sharing`` paths share the passes."""
         if job.deadline is None:
             return math.inf
         seconds = TIME_SHARE * (job.deadline - time.monotonic())
         rows = self.clock.rows_within(seconds / sharing, self.max_rows, bool(overlap))
         if rows is None:
             return 0
-        return rows - overlap * math.ceil(rows / self.max_rows)  # each pass ends with a row for the next
+        return rows - overlap * math.ceil(rows / self.max_rows)  # the last row of each pass is the first of the next

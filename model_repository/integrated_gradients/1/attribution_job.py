@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it answers."""
+"""The engine's input and output: a job, and its explanation."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One image to explain: the gradients of one function of the network's logits, along one path or several.
+    """One image to explain, by the gradients of one function of the network's logits along one or more paths.
 
-    ``image`` and ``baseline`` are float [channels, height, width] on the engine's device. The function is the logit, or
-    with ``probability`` the softmax probability, of class ``target``, minus that of class ``contrast`` if there is one.
+    ``image`` and ``baseline`` are float [channels, height, width] on the engine's device. The function is the logit of
+    class ``target``, or its softmax probability with ``probability``, minus that of class ``contrast`` if there is one.
 
     ``method`` is one of Captum's, or ``calibrated``: nodes from the engine's density and, where the network has them,
     discrete gradients between them.
 
     With a ``tolerance`` the path is refined until its estimated relative error and its relative completeness gap are
-    within it, or until ``n_steps``, then at least 3, are spent. With a ``deadline``, by ``time.monotonic``, the answer
-    is the best within this time; it may overrun by one pass. It comes earlier if it is within the tolerance. ``method``
-    is not used with either.
+    within it, or until ``n_steps`` (at least 3) are spent. With a ``deadline``, by ``time.monotonic``, the answer
+    is the best within this time; it may overrun by one pass. It comes earlier if it is within the tolerance. Either of
+    them replaces ``method``.
 
-    With ``parts`` the attribution is a summand: that of the nodes number ``part``, ``part + parts``, ``part + 2 parts``
-    and so on, of one of Captum's methods.
+    With ``parts`` the attribution is a summand: that of the nodes ``part``, ``part + parts``, ``part + 2 parts`` and so
+    on, of one of Captum's methods.
 
     With ``start_by``, by ``time.monotonic``, the job is given up if none of its rows has been passed by then.
 
-    With ``nt_samples`` or ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over that many paths to the
-    image plus Gaussian noise of that deviation, drawn on the CPU from ``seed`` (SmoothGrad, arXiv 1706.03825).
+    With ``nt_samples`` and ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over ``nt_samples`` paths to
+    the image plus Gaussian noise of standard deviation ``stdevs``, drawn on the CPU from ``seed`` (SmoothGrad, arXiv
+    1706.03825).
     """
 
     image: Tensor
@@ -49,7 +50,7 @@ class Job:
     stdevs: float = 0.0
     seed: int = 0
     image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
-    baseline_key: Hashable = None  # equal keys promise equal baselines, whose evaluation is then kept
+    baseline_key: Hashable = None  # equal keys promise equal baselines, which are evaluated once
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
     start_by: float = math.inf
 
@@ -75,14 +76,14 @@ class Explanation:
 
     Attributes:
         attributions: shaped like the image.
-        convergence_delta: Captum's, a scalar tensor: the sum of the attributions minus (F(image) - F(baseline)), a mean
-            over noise samples; None where it was not asked for.
+        convergence_delta: Captum's, a scalar tensor: the sum of the attributions minus (F(image) - F(baseline)), the
+            mean over noise samples; None if it was not requested.
         n_steps: gradients taken.
         error_estimate: estimated relative L2 error, a mean over noise samples; NaN without a tolerance or deadline.
-        weight_sum: sum of the quadrature's weights. That of a part is less than 1, and its delta is to as much of the
-            change.
-        started: by ``time.monotonic``, when its first rows came up.
-        seconds: from there to its last, whatever else was passed between (of a GPU's work, what the CPU sees of it).
+        weight_sum: sum of the quadrature's weights. For a part it is below 1, and the delta counts that share of the
+            output's change.
+        started: by ``time.monotonic``, when its first path was started.
+        seconds: from there to the last row, other jobs' passes included; on a GPU, as seen from the CPU.
     """
 
     attributions: Tensor
@@ -95,7 +96,7 @@ class Explanation:
 
 
 def mean_explanation(samples: Sequence[Explanation]) -> Explanation:
-    """The explanation of a job from those of its noise samples."""
+    """A job's explanation: the mean over its noise samples."""
     if len(samples) == 1:
         return samples[0]
     attributions = torch.stack([sample.attributions for sample in samples]).mean(dim=0)
@@ -104,7 +105,7 @@ def mean_explanation(samples: Sequence[Explanation]) -> Explanation:
         attributions,
         torch.stack(deltas).mean() if deltas else None,
         sum(sample.n_steps for sample in samples),
-        # Errors that do not cancel add up to no more than their mean.
+        # An upper bound: the error of a mean is at most the mean of the errors.
         sum(sample.error_estimate for sample in samples) / len(samples),
         samples[0].weight_sum,
     )

@@ -1,8 +1,8 @@
-"""What the gradients tell Prometheus, through the metrics of the server they run in.
+"""Prometheus metrics of the gradients, in the registry of the server they run in.
 
-Counts are kept here and handed on once in a while: telling the server of one takes as long as a few rows of a GPU.
-One thread does it, since two that tell of the same metric at once make Triton 2.51 read memory that is gone. It has
-counters and gauges; a histogram is written as the counters that Prometheus makes of one.
+Counts are collected here and handed to the server at intervals, because each update takes as long as a few rows on a
+GPU. One thread does it: two threads that update the same metric at once make Triton 2.51 read freed memory. Triton has
+only counters and gauges, so a histogram is written as the counters that Prometheus makes of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from error_codes import STATUSES
 
 FLUSH_SECONDS = 0.25
-# What the values of a histogram are sorted by: upper ends, beyond the last infinity.
+# Upper bounds of each histogram's buckets; the last bucket, up to infinity, is added.
 BUCKETS = {
     "steps": (4, 8, 12, 16, 20, 32, 50, 100, 200, 500, 1000),
     "chunk_fill": (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1),
@@ -50,9 +50,9 @@ class AttributionMetrics:
     Args:
         make_family: called with name, description and whether it is a gauge; returns a family as Triton's
             ``pb_utils.MetricFamily``, or None where the server takes no metrics.
-        labels: of all metrics, told apart by process.
-        waiting: how many images are there now.
-        before_flush: called before what has come is handed on.
+        labels: of all metrics; they must differ between processes.
+        waiting: returns the number of images that wait for gradients or get them.
+        before_flush: called before each flush.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class AttributionMetrics:
         self._is_over = threading.Event()
         for name in ("rows_total", "chunks_total"):
             self.count(name, 0)
-        for outcome in OUTCOMES:  # the first failure must be seen as one more than none
+        for outcome in OUTCOMES:  # Prometheus sees the first failure only as a rise from 0
             self.count("requests_total", 0, outcome=outcome)
-        self._thread = threading.Thread(target=self._flush_now_and_then, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._flush_at_intervals, name="metrics", daemon=True)
         self._thread.start()
 
     def count(self, name: str, more: float = 1, **labels: str) -> None:
@@ -82,7 +82,7 @@ class AttributionMetrics:
             self._counts[name, tuple(labels.items())] += more
 
     def observe(self, name: str, value: float, times: int = 1, **labels: str) -> None:
-        """Add a value to a histogram; NaN is none."""
+        """Add a value to a histogram; NaN is ignored."""
         if math.isnan(value):
             return
         ends = BUCKETS[name]
@@ -94,14 +94,14 @@ class AttributionMetrics:
             self._counts[f"{name}_count", tuple(labels.items())] += times
 
     def close(self) -> None:
-        """Stop; the metrics go with this process."""
+        """Stop the thread and drop the metrics."""
         self._is_over.set()
         self._thread.join()
-        self._metrics.clear()  # before their families: a metric must not outlive its own
+        self._metrics.clear()  # first: a metric must not outlive its family
         self._families.clear()
 
     def flush(self) -> None:
-        """Hand on what has come since the last time."""
+        """Hand the counts since the last flush to the server."""
         self._before_flush()
         with self._lock:
             counts, self._counts = self._counts, defaultdict(float)
@@ -113,7 +113,7 @@ class AttributionMetrics:
         if gauge is not None:
             gauge.set(self._waiting())
 
-    def _flush_now_and_then(self) -> None:
+    def _flush_at_intervals(self) -> None:
         while not self._is_over.wait(FLUSH_SECONDS):
             self.flush()
 

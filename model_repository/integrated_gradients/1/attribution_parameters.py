@@ -1,4 +1,4 @@
-"""The request parameters of ``integrated_gradients``: parsed and validated once, trusted by everything after."""
+"""The request parameters of ``integrated_gradients``: parsed and validated once, here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Literal
 from pydantic import Field
 from request_parameters import Integer, Number, ParameterError, RequestParameters, refusal, validate
 
-# `explain_stream` asks for an attribution in interleaved parts; clients are not told of them.
+# `explain_stream` uses them to request an attribution in interleaved parts; messages to clients leave them out.
 INTERNAL = frozenset({"part", "parts"})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask at most; settings of the model.
+    """The largest values that a request may have; settings of the model.
 
-    ``max_gradients`` bounds ``n_steps`` times ``nt_samples`` times its images, which is what its time is made of.
+    ``max_gradients`` bounds ``n_steps`` times ``nt_samples`` times images, to which a request's time is proportional.
     """
 
     max_n_steps: int = 1000
@@ -26,7 +26,7 @@ class Limits:
 
 
 class AttributionParameters(RequestParameters):
-    """What a request asks of Integrated Gradients."""
+    """Parameters of Integrated Gradients."""
 
     n_steps: Integer = Field(
         50,
@@ -53,14 +53,14 @@ class AttributionParameters(RequestParameters):
 
     @property
     def smooths(self) -> bool:
-        """Whether noise was asked for: the defaults alone are plain Integrated Gradients."""
+        """Whether the request names a noise parameter; without one there is no noise, whatever their defaults."""
         return bool(self.model_fields_set & {"nt_samples", "stdevs"})
 
     def check_combinations(self) -> None:
         """Refuse values that contradict each other.
 
         Raises:
-            ParameterError: names them.
+            ParameterError: two values do; the message names both.
         """
         for name in ("tolerance", "deadline_ms"):
             if getattr(self, name) is not None and "method" in self.model_fields_set:
@@ -79,10 +79,10 @@ class AttributionParameters(RequestParameters):
             raise ParameterError(f"parameter 'parts' must be at most 'n_steps', {self.n_steps}, not {self.parts}")
 
     def check_limits(self, limits: Limits) -> None:
-        """Hold the values against the server's limits.
+        """Check the values against the server's limits.
 
         Raises:
-            ParameterError: one is over its limit.
+            ParameterError: a value is over its limit.
         """
         least = (
             3
@@ -97,10 +97,10 @@ class AttributionParameters(RequestParameters):
             raise _refusal("nt_samples", self.nt_samples, limits)
 
     def check_cost(self, images: int, limits: Limits) -> None:
-        """Hold what a request of so many images may take against the server's limit.
+        """Check the gradients of a request of ``images`` images against the server's limit.
 
         Raises:
-            ParameterError: it is too much.
+            ParameterError: they are too many.
         """
         gradients = self.n_steps * self.nt_samples * images
         if gradients > limits.max_gradients:
@@ -114,13 +114,13 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
     """Validate the parameters of one request.
 
     Args:
-        sent: names and values as they came; numbers may be numeric strings.
+        sent: names and values as received; numbers may be numeric strings.
         limits: the server's limits.
-        foreign: names that are passed over, because they belong to other steps of an ensemble. Names that begin with
-            ``triton_`` are Triton's own and are passed over too.
+        foreign: names to ignore, because they belong to other steps of an ensemble. Names that begin with ``triton_``
+            are Triton's own and are ignored too.
 
     Raises:
-        ParameterError: names the parameter, what came and what is allowed.
+        ParameterError: names the parameter, its value and what is allowed.
     """
     parameters = validate(AttributionParameters, sent, foreign, asdict(limits), INTERNAL)
     parameters.check_combinations()
@@ -129,7 +129,7 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
 
 
 def read_parameters(sent: Mapping[str, Any]) -> AttributionParameters | None:
-    """The same for other models, which pass over what is not theirs; None for values that are going to be refused."""
+    """The same for other models: ignores all unknown names, and returns None for values that will be refused later."""
     try:
         foreign = sent.keys() - AttributionParameters.model_fields.keys()
         parameters = validate(AttributionParameters, sent, foreign, asdict(Limits()))

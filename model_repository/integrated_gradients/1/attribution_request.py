@@ -1,6 +1,6 @@
 """One request to ``integrated_gradients``: read and validate it, turn it into jobs, answer it."""
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 import math
@@ -20,14 +20,14 @@ from path_baselines import Baselines
 from request_parameters import ParameterError
 from torch import Tensor
 
-# Normalised pixels lie within 3 or so. Numbers so large that they overflow on the way would reach the rows beside them.
+# Normalised pixels lie within about 3. Numbers so large that they overflow would spoil the other rows of their pass.
 LARGEST_PIXEL = 1e4
-# How often Triton is asked whether a request has been cancelled.
+# Least interval between two questions to Triton whether a request has been cancelled.
 CANCELLATION_SECONDS = 0.05
 
 
 class TensorError(ValueError):
-    """A tensor of a request holds what cannot be explained; the message names it."""
+    """A tensor of a request has values that cannot be explained; the message names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class RequestReader:
         limits: of the server.
         foreign_parameters: names that belong to other steps of the ensemble.
         baselines: of the network's normalisation.
-        uncalibrated: why the method ``calibrated`` is refused; empty if it is not.
+        uncalibrated: why the method ``calibrated`` is refused; empty if it is allowed.
     """
 
     device: torch.device
@@ -68,16 +68,16 @@ class RequestReader:
     uncalibrated: str
 
     def read(self, request: Any) -> Work:
-        """A request of Triton's as work to do.
+        """Read and validate a request of Triton's.
 
         Raises:
-            ParameterError, TensorError: it is not valid.
+            ParameterError, TensorError: the request is not valid.
         """
         parameters = parse_parameters(json.loads(request.parameters()), self.limits, self.foreign_parameters)
         if parameters.method == "calibrated" and self.uncalibrated:
             raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
         pixels, logits = (
-            # A copy: what Triton shares with this process is its own again when `execute` returns.
+            # A copy: Triton takes its shared memory back when `execute` returns.
             torch.tensor(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("PIXELS", "LOGITS")
         )
@@ -100,7 +100,7 @@ class RequestReader:
         return Work(pixels.to(self.device), logits.to(self.device), targets, parameters)
 
     def _check_tensors(self, pixels: Tensor, logits: Tensor) -> None:
-        if pixels.dim() != 4 or logits.dim() != 2:  # what Triton 2.51 makes of a batch of none
+        if pixels.dim() != 4 or logits.dim() != 2:  # Triton 2.51 drops the batch dimension of an empty batch
             raise TensorError("PIXELS and LOGITS must be at least one")
         if logits.shape[1] != self.classes:
             raise TensorError(f"LOGITS must be of the classifier's {self.classes} classes, not {logits.shape[1]}")
@@ -140,7 +140,7 @@ class RequestReader:
 
 
 class Reply:
-    """The way back to a request.
+    """Answers one request, once.
 
     Args:
         request: Triton's.
@@ -153,24 +153,24 @@ class Reply:
         self.arrived = arrived
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.is_sent = threading.Event()
-        self._is_cancelled, self._asked = False, 0.0
+        self._is_cancelled, self._checked = False, 0.0
 
     def is_late(self) -> bool:
         """Whether the request's timeout is over."""
         return time.monotonic() >= self.arrived + self.timeout_seconds
 
     def is_cancelled(self) -> bool:
-        """Whether the client has cancelled it; Triton is not asked before each of a GPU's passes."""
-        if not self._is_cancelled and time.monotonic() >= self._asked + CANCELLATION_SECONDS:
-            self._is_cancelled, self._asked = self._sender.is_cancelled(), time.monotonic()
+        """Whether the client has cancelled it, as of at most ``CANCELLATION_SECONDS`` ago."""
+        if not self._is_cancelled and time.monotonic() >= self._checked + CANCELLATION_SECONDS:
+            self._is_cancelled, self._checked = self._sender.is_cancelled(), time.monotonic()
         return self._is_cancelled
 
     def is_unwanted(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether the client no longer waits for it."""
         return not self.is_sent.is_set() and (self.is_late() or self.is_cancelled())
 
     def send(self, outputs: dict[str, np.ndarray]) -> None:
-        """Answer with those outputs that were requested."""
+        """Answer with the requested ones of ``outputs``."""
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._wanted]
         self._send(pb_utils.InferenceResponse(output_tensors=tensors))
 
@@ -184,7 +184,7 @@ class Reply:
 
 
 def response_outputs(work: Work, explanations: list[Explanation]) -> dict[str, np.ndarray]:
-    """The output tensors that explanations of all images of a request amount to.
+    """The output tensors of a request, from the explanations of all its images.
 
     Raises:
         ArithmeticError: the gradients are not finite.
@@ -193,7 +193,7 @@ def response_outputs(work: Work, explanations: list[Explanation]) -> dict[str, n
     if not np.isfinite(attributions).all():
         raise ArithmeticError("the gradients are not finite")
     saliency = attributions.sum(axis=1)
-    deltas = torch.stack([each.convergence_delta for each in explanations if each.convergence_delta is not None])
+    deltas = torch.stack([e.convergence_delta for e in explanations if e.convergence_delta is not None])
     return {
         "EXPLAINED_CLASS": np.array(work.targets, np.int64)[:, None],
         "ATTRIBUTIONS": attributions,

@@ -1,4 +1,4 @@
-"""A drop-in for ``captum.attr.IntegratedGradients``: Captum's arguments, results and errors, by the engine."""
+"""A drop-in for ``captum.attr.IntegratedGradients`` with Captum's arguments, results and errors, run by the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
     """``captum.attr.IntegratedGradients``, faster where one tensor goes into a module that returns class scores.
 
     Args:
-        forward_func: see Captum. A module that has ``stem`` and ``tail`` is hoisted.
+        forward_func: see Captum. Where a module has ``stem`` and ``tail``, the stem is hoisted.
         multiply_by_inputs: see Captum.
         max_rows: rows of one forward and backward pass; bounds memory.
     """
@@ -46,18 +46,18 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
     ) -> Any:
         """Captum's ``attribute``.
 
-        Several inputs, extra forward arguments, functions that are no modules, modules with hooks, and targets other
-        than one class an example go to Captum's own code. Arguments, results and errors are Captum's.
+        Captum's own code runs for several inputs, extra forward arguments, functions that are not modules, modules with
+        hooks, and targets other than one class for each example. Arguments, results and errors are Captum's.
         """
         jobs = None
         if additional_forward_args is None:
             jobs = self._jobs(inputs, baselines, target, n_steps, method)
-        found: list[Explanation] = []
+        explanations: list[Explanation] = []
         if jobs is not None:
             with contextlib.suppress(UnsupportedOutputError):
-                explained = self.engine.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
-                found = [each for each in explained if each is not None]  # none of them can be cancelled
-        if not found:
+                answers = self.engine.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
+                explanations = [answer for answer in answers if answer is not None]  # all: none can be cancelled
+        if not explanations:
             return super().attribute(
                 inputs,
                 baselines,
@@ -68,15 +68,15 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
                 internal_batch_size,
                 return_convergence_delta,
             )
-        stacked = torch.stack([explanation.attributions for explanation in found])
+        stacked = torch.stack([explanation.attributions for explanation in explanations])
         attributions = (stacked,) if isinstance(inputs, tuple) else stacked
         if not return_convergence_delta:
             return attributions
-        deltas = [each.convergence_delta for each in found if each.convergence_delta is not None]
+        deltas = [e.convergence_delta for e in explanations if e.convergence_delta is not None]
         return attributions, torch.stack(deltas)
 
     def _jobs(self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str) -> list[Job] | None:
-        """A call in Captum's form as jobs; None for one that the engine does not accelerate."""
+        """The jobs of a call with Captum's arguments; None if the engine does not accelerate it."""
         formatted, starts = _format_input_baseline(inputs, baselines)
         _validate_input(formatted, starts, n_steps, method)
         images, start = formatted[0], starts[0]
@@ -86,7 +86,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             targets = [target] * len(images)
         elif isinstance(target, Tensor) and target.dim() <= 1 and not target.is_floating_point():
             targets = target.reshape(-1).tolist()
-        elif isinstance(target, list) and all(isinstance(each, int) for each in target):
+        elif isinstance(target, list) and all(isinstance(class_index, int) for class_index in target):
             targets = list(target)
         else:
             return None
@@ -99,13 +99,13 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             start = torch.full_like(images[:1], start)
         start = start.detach().to(images).expand_as(images)
         return [
-            Job(image, own_start, own_target, n_steps, method)
-            for image, own_start, own_target in zip(images, start, targets)
+            Job(image, baseline, class_index, n_steps, method)
+            for image, baseline, class_index in zip(images, start, targets)
         ]
 
 
 def _is_hookless_module(function: Any) -> bool:
-    """Whether Captum's own code would see nothing of this module's inside, either."""
+    """Whether the function is a module in which no hook would see Captum's passes."""
     if not isinstance(function, torch.nn.Module):
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,8 +1,8 @@
 """Lets `preprocess` shed load while the gradient worker is full, so that no image is decoded only to be refused.
 
-The breaker is a file in shared memory, named after the server's process, the parent of both models' processes. It says
-until when (by the machine's monotonic clock) requests of how many gradients an image, and more, are refused, and how
-many gradients a request takes whose steps depend on the image.
+The breaker is a file in shared memory, named after the server's process, the parent of both models' processes. It holds
+three numbers: until when it is open (by the machine's monotonic clock), from how many gradients an image requests are
+then refused, and how many gradients an image takes where their number depends on it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from attribution_parameters import AttributionParameters
 
 FOLDER = Path("/dev/shm")
 FORMAT = "<ddd"
-# From a refusal on, at least and at most: long enough to spare most of the work of an overload, short enough to notice
-# its end.
+# Shortest and longest time that it is open after a refusal: long enough to save most of the work of an overload, short
+# enough that requests are admitted soon after its end.
 SECONDS, MOST_SECONDS = 0.25, 2.0
 
 
@@ -35,8 +35,8 @@ class CircuitBreaker:
 
     Args:
         server: process number of the server.
-        usual_rows: gradients of a request whose steps depend on the image.
-        folder: where the file lies.
+        usual_rows: expected gradients of an image where their number depends on it.
+        folder: of the file.
     """
 
     def __init__(self, server: int, usual_rows: int, folder: Path = FOLDER) -> None:
@@ -44,12 +44,12 @@ class CircuitBreaker:
         self._until, self._rows = 0.0, 0.0
 
     def open(self, rows: int, seconds: float = SECONDS) -> None:
-        """A request of ``rows`` gradients an image was refused; there is likely no room for so many seconds."""
+        """Open for ``seconds``, after a request of ``rows`` gradients an image was refused."""
         now = time.monotonic()
         if now < self._until and self._rows < rows:
-            return  # it is open for smaller requests already, and must not be kept open by larger ones
+            return  # larger requests must not keep it open for smaller ones
         self._until, self._rows = now + min(max(seconds, SECONDS), MOST_SECONDS), float(rows)
-        with contextlib.suppress(OSError):  # it spares work, and nothing depends on it
+        with contextlib.suppress(OSError):  # without the file requests are refused later, at the worker
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 os.write(descriptor, struct.pack(FORMAT, self._until, self._rows, self._usual_rows))
@@ -66,11 +66,11 @@ def check_circuit(server: int, parameters: AttributionParameters, folder: Path =
 
     Args:
         server: process number of the server.
-        parameters: of the request.
-        folder: where the file lies.
+        parameters: the request's.
+        folder: of the file.
 
     Raises:
-        CircuitOpenError: it would.
+        CircuitOpenError: the worker would refuse it.
     """
     try:
         until, rows, usual_rows = _read(_file(server, folder))
@@ -82,7 +82,7 @@ def check_circuit(server: int, parameters: AttributionParameters, folder: Path =
 
 
 def _read(file: Path) -> tuple[float, float, float]:
-    """What the file says; of one that this process's user has not written, that nothing is refused."""
+    """Content of the file; zeros, which refuse nothing, if another user owns it."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if os.fstat(descriptor).st_uid != os.geteuid():
@@ -94,7 +94,7 @@ def _read(file: Path) -> tuple[float, float, float]:
 
 
 def _expected_rows(parameters: AttributionParameters, usual_rows: float) -> float:
-    """Gradients an image; 0 with a deadline, which goes before others."""
+    """Expected gradients an image; 0 with a deadline, because such requests go first."""
     if parameters.deadline_ms is not None:
         return 0
     steps = parameters.n_steps if parameters.tolerance is None else min(parameters.n_steps, usual_rows)

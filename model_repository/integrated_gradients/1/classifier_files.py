@@ -1,4 +1,4 @@
-"""The classifier's file, and the normalisation that its pixels take."""
+"""The classifier's file and the normalisation of its pixels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ClassifierFiles:
-    """The folder of the classifier in the same repository, of the same version."""
+    """The folder of a version of the classifier."""
 
     folder: Path
 
     @classmethod
     def beside(cls, model_repository: str, version: str) -> ClassifierFiles:
-        """Of the model whose arguments Triton gives as ``model_repository`` and ``model_version``."""
+        """The classifier in the repository of another model, from Triton's arguments to that model."""
         return cls(Path(model_repository).parent / "classifier" / version)
 
     @property
@@ -32,14 +32,14 @@ class ClassifierFiles:
         return hashlib.sha256(self.model.read_bytes()).hexdigest() if self.model.is_file() else ""
 
     def normalisation(self, settings: Mapping[str, str]) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation, one value a channel.
+        """Mean and standard deviation, one value for each channel.
 
-        They stand in the manifest that `tools/export` writes. For a TorchScript file from elsewhere they are the
-        model's ``settings`` of these names, comma-separated.
+        They come from the manifest that `tools/export` writes. For any other TorchScript file they come from
+        ``settings``, where ``mean`` and ``std`` are comma-separated numbers.
         """
         manifest = self.folder / "manifest.json"
         written = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        is_own = self.sha256 and written.get("model_sha256") == self.sha256
-        own = written["preprocessing"] if is_own else {}
+        is_of_model = self.sha256 and written.get("model_sha256") == self.sha256
+        own = written["preprocessing"] if is_of_model else {}
         mean, std = (own.get(name) or [float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
         return mean, std

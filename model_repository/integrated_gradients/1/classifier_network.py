@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 # float16 underflows below 6e-8, and gradients with respect to early features get that small.
 FLOAT16_GRADIENT_SCALE = 64.0
-# Places and weights on [0, 1] for means of the softmax's gradient. A probability's change comes out to 3e-7 where a
-# logit moves by 10 from one row to the next, and to 2e-3 where it moves by 20.
+# Nodes and weights on [0, 1] for means of the softmax's gradient. The error of a probability's change is 3e-7 where a
+# logit changes by 10 from one row to the next, and 2e-3 where it changes by 20.
 SOFTMAX_QUADRATURE = tuple(values.tolist() for values in quadrature("gausslegendre", 16))
-# What PyTorch's notes on CUDA graphs ask for before a capture, on a stream of its own.
+# Passes on a side stream before a capture, as PyTorch's notes on CUDA graphs require.
 CAPTURE_WARMUPS = 3
-# Besides eighths of the largest: the default number of steps.
+# Captured besides eighths of the largest: the default number of steps.
 USUAL_ROW_COUNTS = (50,)
 
 
@@ -29,9 +29,9 @@ class Rows:
     """The inputs of a pass.
 
     ``features`` [rows, ...]; ``classes`` int64 [rows, 2], the two classes whose combination each row explains;
-    ``signs`` [rows, 2], their factors in it; ``on_probability`` bool [rows, 1], whether it combines probabilities
-    instead of logits; ``paired`` bool [rows], whether the row and the next one are consecutive points of a path
-    and its gradient is wanted as the mean over the way between them.
+    ``signs`` [rows, 2], their factors in it; ``on_probability`` bool [rows, 1], whether probabilities are combined
+    instead of logits; ``paired`` bool [rows], whether the row and the next one are consecutive points of a path and its
+    gradient is the mean over the segment between them.
     """
 
     features: Tensor
@@ -42,7 +42,7 @@ class Rows:
 
     @classmethod
     def like(cls, features: Tensor, dtype: torch.dtype, count: int) -> Rows:
-        """Zeros for ``count`` rows of features as in ``features`` [1, ...]."""
+        """Zeros for ``count`` rows of features like ``features`` [1, ...]."""
         device = features.device
         zeros = torch.zeros((count, *features.shape[1:]), dtype=dtype, device=device)
         if features.is_contiguous(memory_format=memory_format(features)):
@@ -56,8 +56,8 @@ class Rows:
         )
 
     def __getitem__(self, rows: slice) -> Rows:
-        """Views of some rows."""
-        return Rows(*(getattr(self, each.name)[rows] for each in fields(self)))
+        """Views of a slice of the rows."""
+        return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 class Network:
@@ -67,9 +67,9 @@ class Network:
         module: returns logits [n, classes], or a tuple that begins with them, and may have the methods ``stem`` and
             ``tail``, the submodule ``stem_layers`` that ``stem`` calls, and the method ``mean_slope_tail``, as
             `tools/export` writes them into TorchScript files.
-        precision: dtype of the tail's passes over rows; ``torch.float16`` (CUDA only) keeps the stem and the sums in
-            float32. None: the module's own.
-        float64_stem: evaluate a stem whose layers are known in float64.
+        precision: dtype of the tail's passes over rows; None: the module's. With ``torch.float16`` (CUDA only) the stem
+            and the sums stay float32.
+        float64_stem: evaluate the stem in float64 where the module has ``stem_layers``.
     """
 
     def __init__(self, module: Any, precision: torch.dtype | None = None, float64_stem: bool = True) -> None:
@@ -79,7 +79,7 @@ class Network:
         self.has_mean_slopes = self.hoists and hasattr(module, "mean_slope_tail")
         self._row_module = module if precision is None else copy.deepcopy(module).to(precision)
         # A hoisted stem is evaluated so rarely that float64 costs nothing there. Most of a network's activations come
-        # right after it, and rounding that flips one of them is most of what separates float32 from float64.
+        # right after it, and most of float32's error comes from rounding that flips one of them.
         stem_layers = getattr(module, "stem_layers", None) if self.hoists and float64_stem else None
         self._float64_stem = None if stem_layers is None else copy.deepcopy(stem_layers).double()
 
@@ -88,7 +88,7 @@ class Network:
         return _logits(self.module(images))
 
     def stem(self, images: Tensor) -> Tensor:
-        """Features of images [n, ...], float64 where the stem is known; the images themselves where there is none."""
+        """Features of images [n, ...], float64 with ``float64_stem``; the images themselves where there is no stem."""
         if not self.hoists:
             return images
         features = self.module.stem(images) if self._float64_stem is None else self._float64_stem(images.double())
@@ -104,17 +104,17 @@ class Network:
         return pulled_back
 
     def row_gradients(self, rows: Rows, any_paired: bool = False) -> Tensor:
-        """Gradients of each row's objective with respect to its features, shaped like those.
+        """Gradients of each row's objective with respect to its features, shaped like ``rows.features``.
 
         Args:
-            rows: see there.
-            any_paired: whether any of them is paired, which takes a network that ``has_mean_slopes``.
+            rows: inputs of the pass.
+            any_paired: whether any row is paired, which requires ``has_mean_slopes``.
 
         Raises:
             UnsupportedOutputError: the network does not return [rows, classes].
         """
         features = rows.features.detach().to(self.precision or rows.features.dtype).requires_grad_()
-        # TorchScript's optimiser, left on, differentiates parts of the network by itself, in more passes over memory.
+        # TorchScript's optimiser would differentiate parts of the network by itself, with more passes over memory.
         with torch.enable_grad(), torch.jit.optimized_execution(False):
             if any_paired:
                 logits = self._row_module.mean_slope_tail(features, rows.paired)
@@ -143,11 +143,11 @@ def _softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
 
 
 def _mean_softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
-    """The same as means over the straight way of the logits to the next row's; the last row has none."""
-    ways = torch.cat((logits[1:], logits[-1:])) - logits
+    """The same, as means over the segment from a row's logits to the next row's; the last row has no segment."""
+    segments = torch.cat((logits[1:], logits[-1:])) - logits
     total = torch.zeros_like(logits)
-    for place, weight in zip(*SOFTMAX_QUADRATURE):
-        total += weight * _softmax_gradient(logits + place * ways, direction)
+    for node, weight in zip(*SOFTMAX_QUADRATURE):
+        total += weight * _softmax_gradient(logits + node * segments, direction)
     return total
 
 
@@ -160,14 +160,14 @@ def _logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class EagerPasses:
-    """Passes over up to ``max_rows`` rows whose inputs are filled in place, in buffers that are kept."""
+    """Passes over up to ``max_rows`` rows. Their inputs are written in place, into buffers that are kept."""
 
     def __init__(self, network: Network, max_rows: int) -> None:
         self._network, self._max_rows = network, max_rows
         self._buffers: dict[tuple[Any, ...], Rows] = {}
 
     def buffers(self, features: Tensor, dtype: torch.dtype) -> Rows:
-        """Room for ``max_rows`` rows of features as in ``features`` [1, ...]."""
+        """Buffers for ``max_rows`` rows of features like ``features`` [1, ...]."""
         key = (features.shape, features.stride(), features.device, dtype)
         if key not in self._buffers:
             self._drop()
@@ -175,16 +175,16 @@ class EagerPasses:
         return self._buffers[key]
 
     def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:
-        """``Network.row_gradients`` of the first rows of a buffer, valid until the next call."""
+        """``Network.row_gradients`` of the first ``count`` rows of a buffer, valid until the next call."""
         return self._network.row_gradients(rows[:count], any_paired)
 
     def _drop(self) -> None:
-        """One buffer at a time: images of another shape replace it."""
+        """Drop the buffers; only one shape's are kept at a time."""
         self._buffers.clear()
 
 
 class CapturedPasses(EagerPasses):
-    """The same as CUDA graphs: one for each of a few row counts, replayed without launch costs.
+    """The same passes as CUDA graphs, one for each of a few row counts, replayed without launch costs.
 
     A chunk is padded to the next count with rows whose signs are zero. The graphs read the same buffers and share their
     memory.
@@ -195,17 +195,17 @@ class CapturedPasses(EagerPasses):
         eighths = {max(1, max_rows * part // 8) for part in range(1, 9)}
         self._counts = sorted(eighths | {count for count in USUAL_ROW_COUNTS if count < max_rows})
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: Any = None  # of memory, which the graphs share
+        self._pool: Any = None  # memory that the graphs share
         self._captures = True
 
     def gradients(self, rows: Rows, count: int, any_paired: bool = False) -> Tensor:
-        padded = next(each for each in self._counts if each >= count)
+        padded = next(captured for captured in self._counts if captured >= count)
         if self._captures and (padded, any_paired) not in self._graphs:
             try:
                 self._graphs[padded, any_paired] = self._capture(rows[:padded], any_paired)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # of a device that is broken the pass below says so, too
+            except RuntimeError as error:  # if the device is broken, the pass below fails too
                 self._captures = False
                 logger.warning("no CUDA graphs, passes are launched one by one from now on: %s", error)
         if (padded, any_paired) not in self._graphs:
@@ -237,5 +237,5 @@ class CapturedPasses(EagerPasses):
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """How convolutions like features [n, channels, height, width] laid out; other tensors as they come."""
+    """The fastest layout: channels_last for features [n, channels, height, width], contiguous for other tensors."""
     return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format

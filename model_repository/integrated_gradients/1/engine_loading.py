@@ -1,4 +1,4 @@
-"""From a TorchScript file to an engine that fits its device."""
+"""Loads a TorchScript file into an engine that is set up for its device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from path_density import PathDensity
 PRECISIONS = ("tf32", "float16", "ieee")
 # Rows a chunk on a CPU: see the table in README.md beside this folder.
 CPU_MAX_ROWS = 9
-# glibc's malloc, by its malloc.h's numbers. Without these it gives the memory of one pass back to the system and takes
-# page faults for the next one: 32 mean gradients of an EfficientNet-Lite0 took 75 ms each on 2 cores, and 41 ms with
-# these, at the same peak of memory. One arena, since those of further threads keep none of it.
+# Options of glibc's malloc, by their numbers in malloc.h. Without them it returns each pass's memory to the system, and
+# the next pass takes page faults: 32 mean gradients of an EfficientNet-Lite0 took 75 ms each on 2 cores, and 41 ms with
+# the options, at the same peak of memory. There is one arena, since those of further threads keep no freed memory.
 MALLOC_OPTIONS = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD
     -2: 256 << 20,  # M_TOP_PAD
     -3: 32 << 20,  # M_MMAP_THRESHOLD
     -8: 1,  # M_ARENA_MAX
 }
-# On a GPU: at most so many rows, and at most this share of the memory that is free.
+# On a GPU, a pass has at most this many rows and takes at most this share of the free memory.
 GPU_MAX_ROWS = 64
 GPU_MEMORY_SHARE = 0.25
 
@@ -36,18 +36,18 @@ def build_engine(
     precision: str = "tf32",
     density: PathDensity | None = None,
 ) -> AttributionEngine:
-    """Load a classifier and make the engine that explains it.
+    """Load a classifier and build the engine that explains it.
 
     Args:
-        file: TorchScript, see ``Network``.
+        file: the classifier in TorchScript, see ``Network``.
         device: where to compute.
-        image_shape: [channels, height, width], to try the memory that a row takes.
-        max_rows: rows of one pass, at least 2; 0 chooses by the device.
-        precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU computes in float32 always.
-        density: where paths of this network need their nodes.
+        image_shape: [channels, height, width], to measure the memory of a row.
+        max_rows: most rows of a pass, at least 2; 0 chooses by the device.
+        precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU always computes in float32.
+        density: node density of this network's paths.
 
     Raises:
-        ValueError: no such precision, or a single row.
+        ValueError: unknown precision, or ``max_rows`` of 1 or below 0.
     """
     if max_rows == 1 or max_rows < 0:
         raise ValueError("max_rows must be 0 or at least 2: a mean gradient between two points takes both")
@@ -68,7 +68,7 @@ def build_engine(
 
 
 def _keep_freed_memory() -> None:
-    """Have what a pass frees stay with this process for the next one; with a C library that is not glibc, nothing."""
+    """Keep the memory that a pass frees in this process, for the next pass; only with glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         for option, value in MALLOC_OPTIONS.items():
@@ -76,15 +76,15 @@ def _keep_freed_memory() -> None:
 
 
 def allow_tf32(precision: str) -> None:
-    """Set, for the whole process, whether float32 products on a CUDA device may be TF32's."""
+    """Set, for the whole process, whether float32 products on a CUDA device may use TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "ieee"
 
 
 def _rows_that_fit(network: Network, device: torch.device, image_shape: Sequence[int]) -> int:
-    """A power of two: rows whose activations take at most a share of the free memory."""
+    """Rows, a power of two, whose activations take at most ``GPU_MEMORY_SHARE`` of the free memory."""
     features = network.stem(torch.zeros(1, *image_shape, device=device))
     row = Rows.like(features, torch.float32, 1)
-    paired = network.has_mean_slopes  # which takes more
+    paired = network.has_mean_slopes  # paired rows take more memory
     network.row_gradients(row, paired)  # the first pass also loads libraries
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

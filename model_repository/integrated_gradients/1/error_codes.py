@@ -1,7 +1,7 @@
-"""The codes of errors. Each message to a client begins with one in brackets, for example ``[invalid] ...``.
+"""Error codes. Each message to a client begins with one in brackets, for example ``[invalid] ...``.
 
-A stream's errors, and those that one model gets from another, come without a status: Triton 2.51 makes all of them
-INTERNAL. The code says what they are. The client keeps a copy of this list in ``explain_client/errors.py``.
+Triton 2.51 gives the status INTERNAL to all errors of a stream and to those that one model gets from another. The code
+says what they are. The client keeps a copy of this list in ``explain_client/errors.py``.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import triton_python_backend_utils as pb_utils
 
-# Code -> name of the status among ``pb_utils.TritonError``'s. The codes are also the metrics' outcomes.
+# Code -> name of its status in ``pb_utils.TritonError``. The codes are also the outcomes in the metrics.
 STATUSES = {
-    "invalid": "INVALID_ARG",  # the request; sent again, it is refused again
-    "overloaded": "UNAVAILABLE",  # the server takes no more at present
+    "invalid": "INVALID_ARG",  # the request is refused; retrying does not help
+    "overloaded": "UNAVAILABLE",  # the server has no room at present
     "late": "UNAVAILABLE",  # the request's timeout is over
     "cancelled": "CANCELLED",  # by the client
     "failed": "INTERNAL",  # a fault of the server
 }
-# An ensemble puts its own name before.
+# An ensemble puts its name before the code.
 _CODE = re.compile(r"(?:in ensemble '[^']*', )*\[([a-z]+)\] ")
 
 
 def code_of(message: str) -> str | None:
-    """The code that a message begins with; None if there is none of ours."""
-    found = _CODE.match(message)
-    return found[1] if found and found[1] in STATUSES else None
+    """The code that a message begins with; None if it begins with none."""
+    match = _CODE.match(message)
+    return match[1] if match and match[1] in STATUSES else None
 
 
 def triton_error(code: str, message: str) -> pb_utils.TritonError:
-    """The error with that code and its status."""
+    """The error of a message without its code: adds the code and its status."""
     return with_status(code, f"[{code}] {message}")
 
 
 def with_status(code: str, message: str) -> pb_utils.TritonError:
-    """The error of a message that has its code already."""
-    import triton_python_backend_utils as pb_utils  # is there inside Triton alone
+    """The error of a message that has its code already: adds the code's status."""
+    import triton_python_backend_utils as pb_utils  # exists only inside Triton
 
     return pb_utils.TritonError(message, getattr(pb_utils.TritonError, STATUSES[code]))

@@ -1,4 +1,4 @@
-"""A thread that explains jobs as they come: those that arrive while others are explained join them at the next pass."""
+"""A thread that explains jobs as they come. Jobs that arrive while others run join them at the next pass."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
 from row_scheduler import Admission
 
-# Called in the worker's thread with a job's number and what became of it: None if it was given up, an exception if the
+# Called in the worker's thread with a job's number and its explanation; None if it was given up, an exception if the
 # engine failed.
 Done = Callable[[int, Explanation | Exception | None], None]
 
 
 class GradientWorker:
-    """The engine in a thread of its own.
+    """Runs the engine in a thread of its own.
 
     Args:
-        engine: whose passes all run in that thread.
+        engine: all its passes run in that thread.
         device: of the engine.
         admission: which jobs may wait.
     """
@@ -31,37 +31,37 @@ class GradientWorker:
         self._engine, self._device, self._admission = engine, device, admission
         self._changed = threading.Condition()
         self._arrived: list[Job] = []
-        self._there: dict[Job, tuple[int, Done]] = {}
+        self._unfinished: dict[Job, tuple[int, Done]] = {}
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="gradients")
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job], done: Done) -> float:
-        """Have jobs of one kind explained; ``done`` is called once for each, with its place in ``jobs``.
+        """Queue jobs of one request; ``done`` is called once for each, with its index in ``jobs``.
 
         Returns:
-            Seconds that they are expected to wait for their first pass.
+            Expected seconds until their first pass.
 
         Raises:
-            OverloadedError: none of them was taken.
+            OverloadedError: they do not fit; none of them was queued.
         """
         with self._changed:
             wait = self._engine.seconds_before(jobs[0], self._arrived)
-            self._admission.check(len(jobs), self._engine.expected_rows(jobs[0]), len(self._there), wait)
+            self._admission.check(len(jobs), self._engine.expected_rows(jobs[0]), len(self._unfinished), wait)
             start_by = time.monotonic() + self._admission.max_wait_seconds
             taken = [replace(job, start_by=start_by) for job in jobs]
             self._arrived += taken
-            self._there |= {job: (number, done) for number, job in enumerate(taken)}
+            self._unfinished |= {job: (number, done) for number, job in enumerate(taken)}
             self._changed.notify()
         return wait
 
     @property
     def waiting(self) -> int:
-        """Jobs that are there."""
-        return len(self._there)
+        """Jobs that wait or run."""
+        return len(self._unfinished)
 
     def close(self) -> None:
-        """End the thread, once what is there has been explained."""
+        """End the thread once all queued jobs are explained."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -87,14 +87,14 @@ class GradientWorker:
             taken, self._arrived = self._arrived, []
         return taken
 
-    def _tell(self, job: Job, found: Explanation | Exception | None) -> None:
+    def _tell(self, job: Job, outcome: Explanation | Exception | None) -> None:
         with self._changed:
-            number, done = self._there.pop(job)
-        done(number, found)
+            number, done = self._unfinished.pop(job)
+        done(number, outcome)
 
     def _fail(self, failure: Exception) -> None:
-        """Tell of all jobs that the engine had when it failed."""
+        """Report the failure for all jobs that the engine had."""
         with self._changed:
-            lost = [job for job in self._there if job not in self._arrived]
-        for job in lost:
+            failed = [job for job in self._unfinished if job not in self._arrived]
+        for job in failed:
             self._tell(job, failure)

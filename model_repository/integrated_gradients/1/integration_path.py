@@ -1,4 +1,4 @@
-"""One integration path: its end points behind the stem, its rows, and the attributions that its gradients add up to."""
+"""One integration path: its end points behind the stem, its rows, and the attributions from their gradients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from path_quadrature import place_points, quadrature
 from path_rules import Rule
 from torch import Tensor
 
-# A completeness gap is relative to the change of the output, or to this share of the sum of absolute attributions where
-# that is more: a change far below what the attributions add up to without their signs is no measure of anything.
+# A completeness gap is relative to the change of the output, but at least to this share of the sum of absolute
+# attributions: where large attributions cancel, the change itself is too small a scale.
 LEAST_CHANGE = 0.1
 
 
 @dataclass(eq=False)
 class StartPoint:
-    """A baseline behind the stem [1, ...], and its logits [classes] once they are needed."""
+    """A baseline behind the stem [1, ...], and its logits [classes], computed when they are first needed."""
 
     features: Tensor
     logits: Tensor | None = None
@@ -29,7 +29,7 @@ class StartPoint:
 
 @dataclass(frozen=True, eq=False)
 class StageError:
-    """What a complete stage of a path amounts to.
+    """The result of a complete stage of a path, and its error.
 
     Attributes:
         attributions: shaped like the image.
@@ -47,10 +47,10 @@ class IntegrationPath:
 
     Args:
         job: what to explain.
-        image: [channels, height, width], the job's own or with noise.
-        rule: which points get a gradient.
-        network: whose logits are explained.
-        multiply_by_inputs: attributions are gradients times (image - baseline), as Captum's.
+        image: [channels, height, width], the job's image or that with noise.
+        rule: which points get a gradient, and their weights.
+        network: the one whose logits are explained.
+        multiply_by_inputs: multiply gradients by (image - baseline), as in Captum.
     """
 
     start: StartPoint
@@ -85,7 +85,7 @@ class IntegrationPath:
         self.is_placed = True
 
     def fill(self, rows: Rows) -> None:
-        """Write the inputs of the path's next rows, as many as there is room for."""
+        """Write the inputs of the path's next rows into all of ``rows``."""
         job = self.job
         nodes = self.rule.nodes[self._next_step : self._next_step + len(rows.signs)]
         place_points(self.start.features, self.displacement, nodes, rows.features)
@@ -98,19 +98,19 @@ class IntegrationPath:
         rows.paired[-1] = False
 
     def add(self, gradients: Tensor) -> None:
-        """Take the gradients of those rows."""
+        """Add the gradients of the rows that ``fill`` wrote."""
         steps = slice(self._next_step, self._next_step + len(gradients) - self.rule.overlap)
         self.rule.add(steps, gradients[: steps.stop - steps.start])
         self._next_step = steps.stop
 
     def next_stage(self, affordable: float) -> bool:
-        """Complete the stage; whether the rule takes another one, of at most so many affordable steps."""
+        """Complete the stage; whether the rule begins another, of at most ``affordable`` steps."""
         difference = self.rule.complete_stage()
         if difference is None:
             return False
-        found = self.estimate_error(difference)
-        self._attributions = found.attributions
-        if not self.rule.refine(found.difference, found.gap, affordable):
+        stage = self.estimate_error(difference)
+        self._attributions = stage.attributions
+        if not self.rule.refine(stage.difference, stage.gap, affordable):
             return False
         self._next_step = 0
         return True
@@ -120,21 +120,21 @@ class IntegrationPath:
         return self.rule.finish_early(self._next_step)
 
     def estimate_error(self, difference: Tensor) -> StageError:
-        """The rule's present answer as attributions, and the relative size of what estimates its error.
+        """The rule's present answer as attributions, and the relative sizes that estimate its error.
 
         Args:
-            difference: [1, ...], of two weighted sums of gradients behind the stem.
+            difference: [1, ...], between two weighted sums of gradients behind the stem.
         """
-        attributions, between = self._pull_back(torch.cat((self._gradient, difference)))
+        attributions, difference_map = self._pull_back(torch.cat((self._gradient, difference)))
         change = self._change
         size = attributions.abs().sum()
         gap = attributions.sum() - change if self._multiply_by_inputs else torch.zeros_like(size)
         scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
-        norms = torch.stack((between.norm(), attributions.norm(), gap.abs(), scale)).tolist()
+        norms = torch.stack((difference_map.norm(), attributions.norm(), gap.abs(), scale)).tolist()
         return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
 
     def explanation(self, with_delta: bool) -> Explanation:
-        """What a finished path amounts to."""
+        """The explanation of a finished path."""
         job, weight_sum, delta = self.job, 1.0, None
         attributions = self._attributions
         if attributions is None:
@@ -147,7 +147,7 @@ class IntegrationPath:
 
     @property
     def _gradient(self) -> Tensor:
-        """The rule's answer [1, ...]; there is one after each complete stage."""
+        """The rule's answer [1, ...], which exists after each complete stage."""
         assert self.rule.gradient is not None
         return self.rule.gradient
 
@@ -175,18 +175,18 @@ def place_end_points(
     """Place the end points of new paths in one pass through the stem.
 
     Args:
-        paths: of one shape.
+        paths: paths of one shape.
         network: of the paths.
-        known: start points of baselines with a key, which are kept there.
+        known: start points by baseline key; new ones are added.
     """
     if not paths:
         return
     starts: dict[Hashable, StartPoint] = dict(known)
-    # Once for all noise samples of a job that come up together, and once for all for a baseline with a key.
+    # Evaluated once for all noise samples of a job in this call, and only once ever for a baseline with a key.
     baselines = {_start_key(path.job): path.job.baseline for path in paths if _start_key(path.job) not in starts}
     features = network.stem(torch.stack([*(path.image for path in paths), *baselines.values()])).split(1)
-    for key, own in zip(baselines, features[len(paths) :]):
-        starts[key] = StartPoint(own.clone())
+    for key, start_features in zip(baselines, features[len(paths) :]):
+        starts[key] = StartPoint(start_features.clone())
     for path, end in zip(paths, features):
         key = _start_key(path.job)
         if path.job.baseline_key is not None:

@@ -1,6 +1,6 @@
-"""Triton model: Integrated Gradients of the classifier's own TorchScript file, for batches of unlike requests."""
+"""Triton model: Integrated Gradients of the classifier's own TorchScript file, for batches of different requests."""
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import contextlib
 import json
@@ -32,13 +32,13 @@ from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_parameters import ParameterError
 from row_scheduler import Admission, OverloadedError
 
-# Time for the last answers and metrics to leave a process that ends.
+# Time for the last answers and metrics to be sent before the process ends.
 LAST_WORDS_SECONDS = 0.5
 
 
 @dataclass(eq=False)
 class _Request:
-    """A valid request under way: its work, its reply and the explanations so far, by an image's place in it."""
+    """A valid request under way: its work, its reply and the explanations so far, by index of the image."""
 
     work: Work
     reply: Reply
@@ -49,7 +49,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
-        # Where an MPS daemon runs on the GPU; read when CUDA starts.
+        # For GPUs with an MPS daemon; CUDA reads it when it starts.
         os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
@@ -78,14 +78,14 @@ class TritonPythonModel:
         )
         self.hold_seconds = float(settings["hold_seconds"])
         self.chunks_counted: Counter[int] = Counter()
-        # Of several instances another may still have room.
+        # With several instances, another one may still have room, so there is no breaker.
         groups = config["instance_group"]
         instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups)
         self.breaker = CircuitBreaker(os.getppid(), self.engine.usual_rows) if instances == 1 else None
-        # Last, so that nothing fails after it; it inherits this thread's niceness.
+        # Last: nothing must fail once the thread runs, and it inherits this thread's niceness.
         self.admission = Admission(float(settings["max_wait_seconds"]), int(settings["max_waiting_images"]))
         self.worker = GradientWorker(self.engine, self.device, self.admission)
-        # Each process has metrics of its own: Triton would drop shared ones with the first that unloads.
+        # Each process has its own metrics: Triton would drop shared ones when the first process unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.metrics = AttributionMetrics(metric_family, labels, lambda: self.worker.waiting, self._count_chunks)
         pb_utils.Logger.log_info(
@@ -94,26 +94,26 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[None]:
-        """Hand requests to the thread that computes; return when they are answered, or after ``hold_seconds``.
+        """Hand requests to the worker; return when they are answered, or after ``hold_seconds``.
 
-        While this waits, further requests gather in Triton. A long request must not keep short ones there until its
-        end, so others join it after ``hold_seconds``, and at once if the batch itself waits longer for its first
-        gradient. Triton takes answers after this has returned.
+        While this waits, further requests gather in Triton. They must not wait there until a long request ends, so this
+        returns after ``hold_seconds``, and at once if the batch itself waits longer than that for its first gradient.
+        Triton accepts answers after this has returned.
         """
         arrived = time.monotonic()
         replies = [Reply(request, arrived) for request in requests]
-        # What gathers behind a batch that waits longer should be judged at once.
+        # Requests behind a batch that waits longer should be admitted or refused at once.
         if max(self._take(request, reply) for request, reply in zip(requests, replies)) <= self.hold_seconds:
             for reply in replies:
                 reply.is_sent.wait(max(0.0, arrived + self.hold_seconds - time.monotonic()))
         return [None] * len(requests)
 
     def _take(self, request: Any, reply: Reply) -> float:
-        """Have a request explained, or answer it; returns the seconds that it waits for its first gradient."""
-        # Triton must not see an exception: it would answer again what has been answered, and free it twice.
+        """Submit a request, or refuse it; returns the seconds that it is expected to wait for its first gradient."""
+        # No exception may reach Triton: it would answer requests a second time, and free them twice.
         try:
-            own = _Request(self.reader.read(request), reply)
-            return self.worker.submit(self.reader.jobs(own.work, reply), partial(self._done, own))
+            accepted = _Request(self.reader.read(request), reply)
+            return self.worker.submit(self.reader.jobs(accepted.work, reply), partial(self._done, accepted))
         except (ParameterError, TensorError) as refusal:
             self._refuse(reply, "invalid", str(refusal))
         except OverloadedError as refusal:
@@ -125,23 +125,23 @@ class TritonPythonModel:
             self._fail(reply, failure)
         return 0.0
 
-    def _done(self, request: _Request, number: int, found: Explanation | Exception | None) -> None:
-        """In the worker's thread: an image of a request is done; after the last one it is answered."""
+    def _done(self, request: _Request, number: int, outcome: Explanation | Exception | None) -> None:
+        """Called in the worker's thread when an image is done; answers the request after its last image."""
         if request.reply.is_sent.is_set():
-            return  # another of its images failed
+            return  # another image of the request failed
         try:
-            if isinstance(found, Exception):
-                raise found
-            request.explanations[number] = found
+            if isinstance(outcome, Exception):
+                raise outcome
+            request.explanations[number] = outcome
             if len(request.explanations) == len(request.work.targets):
                 self._respond(request)
         except Exception as failure:
             self._fail(request.reply, failure)
 
     def _respond(self, request: _Request) -> None:
-        """Answer a request all of whose images are explained or given up."""
+        """Answer a request once all its images are explained or given up."""
         reply, work = request.reply, request.work
-        explanations = [found for _, found in sorted(request.explanations.items()) if found is not None]
+        explanations = [e for _, e in sorted(request.explanations.items()) if e is not None]
         if len(explanations) < len(work.targets):
             if reply.is_late():
                 self._refuse(reply, "late", f"the request's timeout of {reply.timeout_seconds:g} s is over")
@@ -156,11 +156,11 @@ class TritonPythonModel:
         reply.send(outputs)
 
     def _fail(self, reply: Reply, failure: Exception) -> None:
-        """Answer for an error of this model's own."""
+        """Answer with an internal error; end the process if the device failed."""
         pb_utils.Logger.log_error(f"integrated_gradients failed: {traceback.format_exc()}")
-        with contextlib.suppress(Exception):  # where not even an error can be sent, the others still have a right
+        with contextlib.suppress(Exception):  # a reply that cannot be sent must not stop the other requests
             self._refuse(reply, "failed", f"integrated_gradients failed: {failure!r:.200}")
-        if isinstance(failure, torch.AcceleratorError):  # nothing works in this process after it
+        if isinstance(failure, torch.AcceleratorError):  # CUDA cannot recover from it in this process
             threading.Thread(target=self._end_process, daemon=True).start()
 
     def _refuse(self, reply: Reply, code: str, message: str) -> None:
@@ -168,7 +168,7 @@ class TritonPythonModel:
         reply.refuse(code, message)
 
     def _end_process(self) -> None:
-        """After an error of the device: Triton then calls this model not healthy, and whoever probes restarts it."""
+        """End after an error of the device: Triton reports the model as not ready, and probes restart the server."""
         pb_utils.Logger.log_error("integrated_gradients ends: its device has failed")
         time.sleep(LAST_WORDS_SECONDS)
         os._exit(1)
@@ -180,7 +180,7 @@ class TritonPythonModel:
             self.breaker.remove()
 
     def _count_chunks(self) -> None:
-        """Tell the metrics of the passes since the last time; in their thread."""
+        """Count the passes since the last call; called in the metrics' thread."""
         new = Counter(dict(self.engine.chunks_passed)) - self.chunks_counted
         self.chunks_counted += new
         for rows, times in new.items():
@@ -191,7 +191,7 @@ class TritonPythonModel:
     def _count_explanations(
         self, request: _Request, explanations: list[Explanation], outputs: dict[str, np.ndarray]
     ) -> None:
-        """Tell the metrics of a request."""
+        """Count an answered request and its explanations."""
         asked = request.work.parameters
         method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
         sizes = np.abs(outputs["ATTRIBUTIONS"]).sum(axis=(1, 2, 3))
@@ -207,7 +207,7 @@ class TritonPythonModel:
 
 
 def _count_classes(engine: AttributionEngine, shape: list[int], device: torch.device) -> int:
-    """Classes of the network, by what it answers."""
+    """Number of classes, from the network's output."""
     with torch.no_grad():
         example = engine.network(torch.zeros(1, *shape, device=device))
     if not example.isfinite().all():

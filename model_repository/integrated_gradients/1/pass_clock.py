@@ -1,4 +1,4 @@
-"""How long passes take on this device under its present load: what deadlines and admission are planned with."""
+"""How long passes take on this device under its present load, for deadlines and admission."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The weight of the latest pass in its running mean: the estimate follows a change of load within a few passes.
+# Weight of the latest pass in the running mean: the estimate follows a change of load within a few passes.
 FOLLOWING = 0.3
 
 
@@ -18,25 +18,25 @@ class Pass(NamedTuple):
 
 
 class PassClock:
-    """Running means of the seconds that a pass takes, with all that the engine does around it."""
+    """Running means of the seconds of a pass, including the engine's work around it."""
 
     def __init__(self) -> None:
         self._seconds: dict[Pass, float] = {}
         self._latest: Pass | None = None
 
     def record(self, passes: Sequence[Pass], seconds: float) -> None:
-        """Take note of passes that took so long together."""
-        known_all = all(self._seconds.get(each) for each in passes)  # else they are shared out by their rows
-        expected = [self._seconds[each] if known_all else float(each.rows) for each in passes]
-        for each, share in zip(passes, expected):
-            own = seconds * share / sum(expected)
-            known = self._seconds.get(each, own)
-            self._seconds[each] = known + FOLLOWING * (own - known)
-            self._latest = each
+        """Record passes that took ``seconds`` together."""
+        known_all = all(self._seconds.get(key) for key in passes)  # else the time is divided by rows
+        expected = [self._seconds[key] if known_all else float(key.rows) for key in passes]
+        for key, share in zip(passes, expected):
+            measured = seconds * share / sum(expected)
+            known = self._seconds.get(key, measured)
+            self._seconds[key] = known + FOLLOWING * (measured - known)
+            self._latest = key
 
     def estimate(self, rows: int, paired: bool) -> float:
-        """Seconds of a pass of so many rows: by its neighbours where it was not seen, NaN where nothing was."""
-        known = {each.rows: seconds for each, seconds in self._seconds.items() if each.paired == paired}
+        """Seconds of a pass of ``rows`` rows, interpolated where none was recorded; NaN before any was."""
+        known = {key.rows: seconds for key, seconds in self._seconds.items() if key.paired == paired}
         if rows in known or not known:
             return known.get(rows, math.nan)
         below = max((seen for seen in known if seen < rows), default=None)
@@ -49,7 +49,7 @@ class PassClock:
         return (1 - part) * known[below] + part * known[above]
 
     def rows_within(self, seconds: float, largest: int, paired: bool) -> int | None:
-        """Rows that passes of at most ``largest`` rows get done in that time; None where nothing is known."""
+        """Rows that fit into ``seconds`` in passes of at most ``largest`` rows; None before any was recorded."""
         full = self.estimate(largest, paired)
         if math.isnan(full):
             return None
@@ -59,6 +59,6 @@ class PassClock:
         return passes * largest + rest
 
     def seconds(self, rows: int) -> float:
-        """What so many rows take at the rate of the latest pass; 0 while nothing is known."""
+        """Seconds of ``rows`` rows at the rate of the latest pass; 0 before any was recorded."""
         latest = self._latest
         return 0.0 if latest is None else rows * self._seconds[latest] / latest.rows

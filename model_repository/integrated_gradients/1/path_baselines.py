@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-# A blur that leaves the scene's colours and takes its shapes: at 224 pixels, sigma 10 hides anything under 20 pixels.
+# The blur keeps the scene's colours and removes its shapes: at 224 pixels, sigma 10 hides anything under 20 pixels.
 BLUR_SIGMA = 10.0
 BLUR_KERNEL_SIZE = 61
 
@@ -13,7 +13,7 @@ _PIXEL_VALUES = {"black": 0.0, "gray": 0.5, "white": 1.0}
 
 
 class Baselines:
-    """Makes baselines for images normalised with ``mean`` and ``std`` (sequences of one value per channel)."""
+    """Makes baselines for images normalised with ``mean`` and ``std``, one value for each channel."""
 
     CONSTANT = ("zero", *_PIXEL_VALUES)
 
@@ -29,10 +29,10 @@ class Baselines:
                 before normalisation); ``blur`` (the image itself, Gaussian-blurred); ``noise`` (standard normal, after
                 normalisation).
             pixels: normalised, float32 [channels, height, width].
-            seed: of the noise, which is drawn on the CPU, so it is the same on every device.
+            seed: of the noise, which is drawn on the CPU so that it is the same on every device.
 
         Returns:
-            float32, shaped like ``pixels``. Those in ``CONSTANT`` depend on its shape alone.
+            float32, shaped like ``pixels``. Baselines in ``CONSTANT`` depend only on that shape.
         """
         if name == "zero":
             return torch.zeros_like(pixels)

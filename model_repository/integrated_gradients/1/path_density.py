@@ -1,4 +1,4 @@
-"""Where the paths of one network need their nodes: found by `tools/calibrate`, kept in a file beside the network."""
+"""Where the paths of a network need their nodes: measured by `tools/calibrate`, kept in a file beside the network."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 
 FILE_NAME = "path_density.json"
 OUTPUTS = ("logit", "probability")
-# Errors that fell more slowly would take numbers of steps beyond bounds.
+# With a lower order, planned numbers of steps would grow without bound.
 LEAST_ORDER = 0.3
 
 
 class CalibrationError(Exception):
-    """There is no calibration of this network; the message says what there is instead."""
+    """There is no valid calibration of this network; the message says why."""
 
 
 @dataclass(frozen=True)
 class PathDensity:
-    """Where the nodes of a network's paths belong, and what error to expect of how many.
+    """Where the nodes of a network's paths belong, and what error to expect of a number of steps.
 
-    ``density``: for each explained output (``logit``, ``probability``), nodes on equal intervals of [0, 1], up to a
-    factor, float64 [intervals].
+    ``density``: for each explained output (``logit``, ``probability``), the relative density of nodes on equal
+    intervals of [0, 1], float64 [intervals].
 
-    ``law``: for each output, how the relative error falls with the number of steps that are placed by it.
+    ``law``: for each output, how the relative error falls with the number of steps that are placed by that density.
     """
 
     density: Mapping[str, Tensor]
@@ -38,22 +38,23 @@ class PathDensity:
 
     @classmethod
     def load(cls, file: Path, model_sha256: str) -> PathDensity:
-        """Read what `tools/calibrate` wrote for the network whose file has that checksum.
+        """Read the file of `tools/calibrate` for the network whose file has that checksum.
 
         Raises:
-            CalibrationError: there is no such file, it cannot be read, or it is another network's.
+            CalibrationError: the file is missing, not valid, or another network's.
         """
         hint = "python -m tools.calibrate writes it"
         try:
             content = json.loads(file.read_text())
-            found = content["model_sha256"]
+            calibrated_sha256 = content["model_sha256"]
         except FileNotFoundError:
             raise CalibrationError(f"this network has no {file.name}; {hint}") from None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CalibrationError(f"{file.name} cannot be read ({error!r:.100}); {hint}") from None
-        if found != model_sha256:
+        if calibrated_sha256 != model_sha256:
             raise CalibrationError(
-                f"{file.name} belongs to another network (sha256 {found!s:.12}..., not {model_sha256:.12}...); {hint}"
+                f"{file.name} belongs to another network (sha256 {calibrated_sha256!s:.12}..., "
+                f"not {model_sha256:.12}...); {hint}"
             )
         densities, laws = {}, {}
         for name in OUTPUTS:
@@ -72,6 +73,6 @@ class PathDensity:
         return cls(densities, laws)
 
     def edges(self, output: str, n_steps: int) -> Tensor:
-        """``n_steps`` + 1 places from 0 to 1, float64, with as much density between any two."""
+        """``n_steps`` + 1 places from 0 to 1, float64, with equal density between neighbours."""
         density = self.density[output]
         return share_out(density, even_bounds(len(density)), n_steps)

@@ -1,6 +1,6 @@
 """Which points of a path get a gradient, and how their gradients add up: fixed rules and an adaptive trapezoid rule.
 
-A rule runs in stages. Take the gradients of all steps and ``add`` them. Then ``complete_stage`` returns the difference
+A rule runs in stages. First ``add`` takes the gradients of all steps. Then ``complete_stage`` returns the difference
 that estimates the error, and ``refine`` takes its relative size and decides whether there is another stage. A step is
 the gradient at one of ``nodes``. In a rule whose ``overlap`` is 1, a step is the mean gradient between one node and the
 next, so there is one more node than steps.
@@ -27,10 +27,10 @@ class Rule:
     """The stage under way: its nodes, the weights of its steps in one sum or several, and those sums.
 
     Attributes:
-        nodes: [n], where the stage takes gradients, on the device where they are used.
+        nodes: [n], where the stage takes gradients, on the network's device.
         overlap: 1 if steps are mean gradients between consecutive nodes, else 0.
         n_steps: gradients used so far.
-        gradient: the weighted sum [1, ...] that answers so far; None before there is one.
+        gradient: the weighted sum [1, ...] that is the answer so far; None before there is one.
         error_estimate: relative error; NaN where the rule does not estimate it.
     """
 
@@ -43,21 +43,21 @@ class Rule:
         self.n_steps = 0
 
     def _begin(self, nodes: Tensor, weights: Tensor) -> None:
-        """``nodes`` [n] on the device where they are used; ``weights`` [sums, n - overlap] on the CPU."""
+        """Begin a stage: ``nodes`` [n] on the network's device; ``weights`` [sums, n - overlap] on the CPU."""
         self.nodes, self._weights = nodes, weights
         self._sums: dict[int, Tensor] = {}
 
     def add(self, steps: slice, gradients: Tensor) -> None:
-        """Take the gradients [n, ...] of some steps, in order."""
+        """Add the gradients [n, ...] of a slice of the steps; slices come in order."""
         weights = self._weights[:, steps]
         self.n_steps += int(weights.any(dim=0).sum())
         used = weights.any(dim=1).nonzero()[:, 0].tolist()
-        for index, own in zip(used, weighted_sums(weights[used].to(gradients.device), gradients).split(1)):
+        for index, summand in zip(used, weighted_sums(weights[used].to(gradients.device), gradients).split(1)):
             total = self._sums.get(index)
-            self._sums[index] = own.clone() if total is None else total.add_(own)
+            self._sums[index] = summand.clone() if total is None else total.add_(summand)
 
     def complete_stage(self) -> Tensor | None:
-        """Set ``gradient`` to what the complete stage answers.
+        """Set ``gradient`` to the answer of the complete stage.
 
         Returns:
             The difference [1, ...] that estimates its error; None for a rule of one stage.
@@ -70,7 +70,7 @@ class Rule:
         Args:
             error: relative norm of the difference that ``complete_stage`` returned, as attributions.
             gap: relative completeness gap.
-            affordable: gradients that there is time for.
+            affordable: gradients that fit into the time left.
         """
         return False
 
@@ -83,8 +83,8 @@ class FixedRule(Rule):
     """Nodes and weights that are known from the start.
 
     Args:
-        nodes: [n], on the device where they are used.
-        weights: [n]; or [n - 1], one for each mean gradient between consecutive nodes.
+        nodes: [n], on the network's device.
+        weights: [n], one for each node; or [n - 1], one for each mean gradient between consecutive nodes.
     """
 
     def __init__(self, nodes: Tensor, weights: Tensor) -> None:
@@ -98,7 +98,7 @@ class FixedRule(Rule):
 
 @dataclass
 class _Panel:
-    """A part of the path in equal intervals: the trapezoid sum of its gradients and what is known of its error.
+    """A part of the path in equal intervals: the trapezoid sum of its gradients and the estimate of its error.
 
     ``difference`` is the trapezoid sum minus the midpoint sum of the stage before; ``spread`` is its norm.
     """
@@ -119,13 +119,13 @@ class AdaptiveTrapezoidRule(Rule):
 
     The trapezoid sum T of n intervals and the midpoint sum M of the same intervals make the trapezoid sum of 2n,
     (T + M) / 2: no gradient is taken twice. T - M estimates its error. The path is cut into panels. Each stage refines
-    those that promise most for a step, as many as the tolerance seems to need.
+    the panels that should lower the error most for each step, as few as the tolerance needs.
 
     Args:
-        tolerance: relative error, and relative completeness gap, that suffice; None: as many steps as can be afforded.
-        n_steps: gradients that may be spent, at least 3.
-        affordable: gradients that there is time for now; 3 are taken in any case.
-        device: where nodes are used.
+        tolerance: stop at this relative error and relative completeness gap; None: take all affordable steps.
+        n_steps: most gradients to take, at least 3.
+        affordable: gradients that fit into the time left; at least 3 are taken.
+        device: of the network.
     """
 
     def __init__(self, tolerance: float | None, n_steps: int, affordable: float, device: torch.device) -> None:
@@ -168,8 +168,8 @@ class AdaptiveTrapezoidRule(Rule):
         steps = sum(panel.intervals for panel in self._refining)
         weights = torch.zeros(len(self._refining), steps, dtype=torch.float64)
         first = 0
-        for panel, own in zip(self._refining, weights):
-            own[first : first + panel.intervals] = (panel.right - panel.left) / panel.intervals
+        for panel, panel_weights in zip(self._refining, weights):
+            panel_weights[first : first + panel.intervals] = (panel.right - panel.left) / panel.intervals
             first += panel.intervals
         self._begin(torch.cat([panel.midpoints() for panel in self._refining]).to(self._device), weights)
         return True
@@ -178,7 +178,7 @@ class AdaptiveTrapezoidRule(Rule):
         halves = len(self.nodes) - 1
         panels = []
         for half in range(halves):
-            # Until it is refined itself, a half is charged with half of the whole panel's difference.
+            # Until a half is refined itself, it has half of the whole panel's difference.
             difference = self._sums[halves + half // 2] / 2
             spread = difference.norm().item() / math.sqrt(2)
             panels.append(_Panel(half / halves, (half + 1) / halves, 1, self._sums[half], difference, spread))
@@ -191,7 +191,7 @@ class AdaptiveTrapezoidRule(Rule):
         wanted = square * (self._tolerance / self.error_estimate) ** 2 if self.error_estimate else square
         chosen: list[_Panel] = []
         for panel in sorted(self._panels, key=_promise, reverse=True):
-            # Refined, the best has an eighth of its promise left, and would still come before the rest.
+            # Once refined, the best panel keeps an eighth of its promise, and would still come before the rest.
             if chosen and (square <= wanted or _promise(panel) < _promise(chosen[0]) / 8):
                 break
             if panel.intervals <= steps_left:
@@ -202,5 +202,5 @@ class AdaptiveTrapezoidRule(Rule):
 
 
 def _promise(panel: _Panel) -> float:
-    """How much squared error a step in a panel should take away."""
+    """The squared error that each step in a panel should remove."""
     return panel.spread**2 / panel.intervals

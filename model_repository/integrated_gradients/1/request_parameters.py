@@ -1,4 +1,4 @@
-"""How request parameters are validated: numbers may be numeric strings, names and values are refused by name."""
+"""Validation of request parameters. Numbers may be numeric strings; errors name the parameter and its value."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ def validate(
     """Validate the parameters of one request.
 
     Args:
-        kind: of the model that they are for.
-        sent: names and values as they came.
-        foreign: names that are passed over, because they belong to other steps of an ensemble. Names that begin with
-            ``triton_`` are Triton's own and are passed over too.
-        limits: what descriptions name in braces.
-        internal: names that are taken and not told of.
+        kind: the model's parameter class.
+        sent: names and values as received.
+        foreign: names to ignore, because they belong to other steps of an ensemble. Names that begin with ``triton_``
+            are Triton's own and are ignored too.
+        limits: values for the names in braces in descriptions.
+        internal: names that are accepted, but not listed in messages.
 
     Raises:
-        ParameterError: names the parameter, what came and what is allowed.
+        ParameterError: names the parameter, its value and what is allowed.
     """
-    own = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    values = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
     fields = kind.model_fields
-    for name in own:
+    for name in values:
         if name not in fields:
             known = ", ".join(sorted(set(fields) - internal))
             raise ParameterError(f"unknown parameter {name!r:.100}; known are {known}")
     try:
-        return kind.model_validate(own)
+        return kind.model_validate(values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        raise refusal(kind, name, own[name], limits or {}) from None
+        raise refusal(kind, name, values[name], limits or {}) from None
 
 
 def refusal(kind: type[RequestParameters], name: str, value: Any, limits: Mapping[str, Any]) -> ParameterError:
-    """The error for a value of a parameter that is not allowed."""
+    """The error for a parameter's value that is not allowed."""
     field = kind.model_fields[name]
     choices = ", ".join(map(str, getattr(field.annotation, "__args__", ())))
     allowed = (field.description or "").format(**limits, choices=choices)

@@ -1,6 +1,6 @@
-"""Richardson extrapolation: discrete gradients over more and more segments of a path, until two numbers of them agree.
+"""Richardson extrapolation: discrete gradients on ever more segments of a path, until two numbers of segments agree.
 
-A discrete gradient is the mean gradient between two points, by the network's slopes between them (arXiv 1905.08604).
+A discrete gradient is the mean gradient between two points, from the network's slopes between them (arXiv 1905.08604).
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from path_quadrature import even_bounds, share_out
 from path_rules import LEAST_STEPS, Rule
 from torch import Tensor
 
-# How much of Richardson's correction is applied: errors of two numbers of steps are far from parallel.
+# Share of Richardson's correction that is applied: errors of two numbers of steps are far from parallel.
 CORRECTION = 0.3
-# A single step is off by less than the law says, so the difference to it stands for more.
+# The law overestimates the error of a single step, so the error of the finer steps is a larger share of the difference.
 SINGLE_STEP_MARGIN = 1.3
-# The coarse number of steps, which only serves to estimate the error of the fine one, is this part of it.
+# Coarse steps as a share of the fine ones; they serve only to estimate the error of the fine ones.
 COARSE_SHARE = 0.25
-# The least factor from one number of steps to the next that is worth its gradients.
+# Least growth from one number of steps to the next that is worth its gradients.
 LEAST_GROWTH = 1.5
-# Without a calibration, the first two numbers of steps find where the gradients change. The next stage takes three (a
-# quarter, a half and all of one number), which tell how errors fall.
+# Without a calibration, the first two numbers of steps measure where the gradients change. The next stage takes three
+# (a quarter, a half and all of one number), which measure how errors fall.
 SCOUTING_STEPS = (3, 6)
 LEAST_TRIAL_STEPS, MOST_TRIAL_STEPS = 8, 200
-# With fewer to spend, even steps from the start come further.
+# With fewer affordable steps, even steps from the start are more exact.
 LEAST_SCOUTED_STEPS = 60
-# Nodes of each stage are placed better than those of the one before, so that only a large step tells how errors fall.
+# Each stage places its nodes better than the one before, so only a large growth measures how errors fall.
 TRIAL_GROWTH = 2.0
-# Steps are placed by that power of the gradients' rate of change; `tools/calibrate` fits a network's own.
+# The density of steps is this power of the gradients' rate of change; `tools/calibrate` fits it to a network.
 TYPICAL_EXPONENT = 0.65
-# Relative changes from one gradient to the next below this are rounding.
+# Smaller relative changes from one gradient to the next are rounding errors.
 ROUNDING = 1e-6
 
 
 class RichardsonRule(Rule):
     """Two numbers of steps, whose difference estimates the error of the larger and corrects part of it.
 
-    The first two are taken in one stage. Without a calibration that stage is a few even steps, which tell where the
-    gradients change. The next stage takes three numbers of steps, placed by that, which tell the law's order.
+    The first two are taken in one stage. Without a calibration that stage is a few even steps, which measure where the
+    gradients change. The next stage takes three numbers of steps, placed accordingly, which measure the law's order.
 
     Args:
-        edges: number of steps -> the ends of that many segments, from 0 to 1, float64; None: there is no calibration.
-        law: of this network; a guess without ``edges``.
-        tolerance: relative error, and relative completeness gap, that suffice; None: as many steps as can be afforded.
-        n_steps: gradients that may be spent, at least 3.
-        affordable: gradients that there is time for now; 3 are taken in any case.
-        device: where nodes are used.
+        edges: number of steps -> the ends of that many segments, from 0 to 1, float64; None without a calibration.
+        law: the network's; a typical one without ``edges``.
+        tolerance: stop at this relative error and relative completeness gap; None: take all affordable steps.
+        n_steps: most gradients to take, at least 3.
+        affordable: gradients that fit into the time left; at least 3 are taken.
+        device: of the network.
     """
 
     overlap = 1
@@ -81,16 +81,16 @@ class RichardsonRule(Rule):
         return self._law.planned_steps(self._tolerance) if self._tolerance else math.inf
 
     def _walk(self, counts: Sequence[int]) -> None:
-        """Begin a stage that walks the path once for each number of steps, there and back."""
+        """Begin a stage that walks the path once for each number of steps, forwards and backwards in turn."""
         self._counts = tuple(counts)
         ends = [self._edges(count) for count in counts]
         nodes, weights = [ends[0][:1]], torch.zeros(len(counts), sum(counts), dtype=torch.float64)
         taken = 0
-        for number, own in enumerate(ends):
-            lengths = own.diff()
+        for number, walk in enumerate(ends):
+            lengths = walk.diff()
             if number % 2:
-                own, lengths = own.flip(0), lengths.flip(0)
-            nodes.append(own[1:])  # each walk begins where the one before ended
+                walk, lengths = walk.flip(0), lengths.flip(0)
+            nodes.append(walk[1:])  # each walk begins where the one before ended
             weights[number, taken : taken + len(lengths)] = lengths
             taken += len(lengths)
         self._changes: list[Tensor] = []
@@ -101,7 +101,7 @@ class RichardsonRule(Rule):
         super().add(steps, gradients)
         if not self._scouts:
             return
-        gradients = gradients[max(0, sum(self._counts[:-1]) - steps.start) :]  # those of the last walk
+        gradients = gradients[max(0, sum(self._counts[:-1]) - steps.start) :]  # only the last walk's
         if len(gradients) > 0:
             if self._last_gradient is not None:
                 gradients = torch.cat((self._last_gradient, gradients))
@@ -121,16 +121,16 @@ class RichardsonRule(Rule):
         return difference
 
     def _error_share(self) -> float:
-        """The error of the finest steps as a share of the difference."""
+        """The error of the fine steps as a share of the difference."""
         return self._law.share(self._coarse_steps, self._counts[-1])
 
     def refine(self, error: float, gap: float, affordable: float = math.inf) -> bool:
         margin = self._law.margin * (SINGLE_STEP_MARGIN if self._coarse_steps == 1 else 1)
         self.error_estimate = margin * self._error_share() * error
-        is_exact = error == gap == 0  # nothing to explain, or nothing that changes
+        is_exact = error == gap == 0  # no gradient, or a constant one
         if is_exact or math.isnan(error):
             return False
-        # The first two stages without a calibration agree by chance where both overlook a part of the path.
+        # Without a calibration the first two stages may agree by chance, because both miss a part of the path.
         is_trusted = not self._scouts or len(self._counts) == 1
         if is_trusted and max(self.error_estimate, gap) <= self._tolerance:
             return False
@@ -162,7 +162,7 @@ class RichardsonRule(Rule):
     def finish_early(self, taken: int) -> bool:
         """End after the first ``taken`` steps of the stage; whether there is an answer.
 
-        The coarse steps alone answer with the error that the law expects of their number.
+        If only the coarse steps are complete, they are the answer, with the error that the law expects of them.
         """
         if self.gradient is None and taken >= self._counts[0]:
             self.gradient = self._sums[0]
@@ -170,20 +170,20 @@ class RichardsonRule(Rule):
         return self.gradient is not None
 
     def _find_density(self) -> None:
-        """Place what follows by where the gradients of the last walk change."""
+        """Place further steps where the gradients of the last walk change."""
         changes = torch.cat(self._changes).double().cpu()
         if not changes.isfinite().all() or not changes.any():
             return
         ends = self._edges(self._counts[-1])
         middles = (ends[1:] + ends[:-1]) / 2
-        if len(self._counts) % 2 == 0:  # which went back
+        if len(self._counts) % 2 == 0:  # the last walk went backwards
             changes = changes.flip(0)
         density = (changes / middles.diff()) ** TYPICAL_EXPONENT
         self._edges = partial(share_out, density, torch.cat((ends[:1], middles[1:-1], ends[-1:])))
 
 
 def _trial(steps: int) -> tuple[int, int, int]:
-    """A quarter, a half and all of so many steps."""
+    """A quarter, a half and all of ``steps`` steps."""
     return round(COARSE_SHARE * steps), round(steps / 2), steps
 
 

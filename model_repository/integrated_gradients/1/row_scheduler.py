@@ -1,4 +1,4 @@
-"""Whose rows come next: the order of jobs and their paths, the chunks they share, and who may wait. No tensors.
+"""Decides whose rows come next: the order of jobs and paths, the chunks they share, and admission. No tensors.
 
 A job is a ``Task`` here. Its images, one for each noise sample, become paths one by one, and a path has rows. Each
 chunk is one forward and backward pass, of at most ``limit`` rows.
@@ -12,21 +12,21 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-# A job overtakes longer ones until ten times their own rows have been passed since they came. So short jobs come first,
-# and a long one is overtaken only by those that come before its turn.
+# A short job overtakes a longer one until ten times the longer job's rows have been passed since that came. So short
+# jobs come first, and a long one is overtaken only by those that come before its turn.
 FAIRNESS_FACTOR = 10
 # Interval between full cancellation checks.
 CANCELLATION_CHECK_SECONDS = 1.0
-# A job whose deadline is so near goes before all others.
+# A job whose deadline is nearer than this goes before all others.
 URGENT_SECONDS = 2.0
-# Paths under way, for each row of a chunk: bounds their memory.
+# Most paths under way for each row of a chunk, which bounds their memory.
 MOST_PATHS, MOST_URGENT_PATHS = 2, 4
 
 Priority = tuple[float, float]
 
 
 class Path(Protocol):
-    """What the scheduler sees of a path."""
+    """The part of a path that the scheduler uses."""
 
     @property
     def rows_left(self) -> int:
@@ -43,13 +43,13 @@ class Path(Protocol):
 
 @dataclass(eq=False)
 class Task:
-    """A job that has come.
+    """A waiting or running job.
 
     Attributes:
         expected_rows: rows that it is expected to take.
         rows_before: rows that the engine had passed when it came.
         samples_left: paths that are still to be started.
-        deadline: by ``time.monotonic``; None: there is none.
+        deadline: by ``time.monotonic``; None if there is none.
         start_by: by ``time.monotonic``; it is given up if it has not started by then.
         is_cancelled: whether its client no longer waits.
         samples_under_way: paths that have been started and have not ended.
@@ -79,7 +79,7 @@ class Task:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether its deadline is near, or over."""
+        """Whether its deadline is nearer than ``URGENT_SECONDS``, or over."""
         return self.deadline is not None and time.monotonic() > self.deadline - URGENT_SECONDS
 
     @property
@@ -97,11 +97,11 @@ class Task:
 
     @property
     def rows_left(self) -> int:
-        """Rows of the paths that are not started yet, as far as that is known."""
+        """Expected rows of the paths that are not started yet."""
         return self.expected_rows * self.samples_left // self._samples
 
     def is_given_up(self, check_cancelled: bool) -> bool:
-        """Whether it waited too long for its first row or, if that is checked, is cancelled."""
+        """Whether it waited too long for its first row or, with ``check_cancelled``, is cancelled."""
         if not self.is_started and time.monotonic() >= self.start_by:
             return True
         return check_cancelled and self.is_cancelled()
@@ -135,7 +135,7 @@ class RowScheduler(Generic[TaskT, PathT]):
         self._checked_all = time.monotonic()
 
     def add(self, task: TaskT) -> None:
-        """Have a task wait for its turn."""
+        """Add a waiting task."""
         self._waiting.append(task)
 
     @property
@@ -155,15 +155,15 @@ class RowScheduler(Generic[TaskT, PathT]):
         return started + sum(task.samples_left for task in self._waiting if task.deadline is not None)
 
     def rows_before(self, priority: Priority) -> int:
-        """Rows that go before a task of that priority, as far as that is known; from any thread."""
+        """Expected rows that go before a task of that priority. Safe to call from any thread."""
         waiting = sum(task.rows_left for task in tuple(self._waiting) if task.priority <= priority)
         return waiting + sum(path.rows_left for task, path in tuple(self._under_way) if task.priority <= priority)
 
     def drop_given_up(self) -> list[TaskT]:
         """Remove the tasks that nobody waits for, and return them.
 
-        A cancellation check may ask another process. Before each chunk only the next tasks are checked; all of them at
-        intervals.
+        A cancellation check may ask another process. So before each chunk only the next tasks are checked, and all of
+        them every ``CANCELLATION_CHECK_SECONDS``.
         """
         checks_all = time.monotonic() >= self._checked_all + CANCELLATION_CHECK_SECONDS
         if checks_all:
@@ -174,16 +174,16 @@ class RowScheduler(Generic[TaskT, PathT]):
         given_up = {task: None for task in tasks if task.is_given_up(checks_all or task in checked)}
         if given_up:
             self._waiting = [task for task in self._waiting if task not in given_up]
-            self._under_way = [each for each in self._under_way if each[0] not in given_up]
+            self._under_way = [(task, path) for task, path in self._under_way if task not in given_up]
         return list(given_up)
 
     def next_to_start(self) -> TaskT | None:
         """The task whose next path has rows in the next chunk.
 
-        Paths are started late and are few, since each takes memory.
+        Paths are started as late as possible, since each takes memory.
         """
         self._waiting = sorted((task for task in self._waiting if task.samples_left), key=lambda task: task.priority)
-        self._under_way.sort(key=lambda each: each[0].priority)
+        self._under_way.sort(key=lambda pair: pair[0].priority)
         if not self._waiting:
             return None
         task = self._waiting[0]
@@ -199,21 +199,21 @@ class RowScheduler(Generic[TaskT, PathT]):
         self._under_way.append((task, path))
 
     def end(self, task: TaskT, path: PathT) -> None:
-        """A path has its answer, or goes without."""
-        self._under_way = [each for each in self._under_way if each[1] is not path]
+        """Remove a path that has its answer or gets none."""
+        self._under_way = [pair for pair in self._under_way if pair[1] is not path]
         task.samples_under_way -= 1
         if task.is_finished:
             self._finished.append(task)
 
     def late(self) -> list[tuple[TaskT, PathT]]:
-        """Paths under way whose deadline is over; their tasks start no more."""
-        found = [each for each in self._under_way if each[0].is_late]
-        for task, _ in found:
+        """Paths under way whose deadline is over; their tasks start no more paths."""
+        late = [(task, path) for task, path in self._under_way if task.is_late]
+        for task, _ in late:
             task.samples_left = 0
-        return found
+        return late
 
     def take_finished(self) -> list[TaskT]:
-        """The tasks that have finished since this was called last."""
+        """The tasks that have finished since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
@@ -221,8 +221,8 @@ class RowScheduler(Generic[TaskT, PathT]):
         """The rows of the next pass.
 
         Args:
-            equal: for passes that are not padded. 50 rows at 8 a chunk are 7 chunks of 7 or 8, not 6 of 8 and one of 2.
-                A chunk is not filled with a piece that costs more than it saves.
+            equal: make chunks of about equal size, for passes that are not padded: 50 rows at 8 a chunk are 7 chunks
+                of 7 or 8, not 6 of 8 and one of 2. A piece that costs more than it saves is left out.
         """
         room = self.limit
         if equal:
@@ -241,16 +241,16 @@ class RowScheduler(Generic[TaskT, PathT]):
         return chunk
 
     def _adds_a_piece(self, path: PathT, rows: int) -> bool:
-        """Whether a path with overlap is cut into more pieces if so many rows go before the rest.
+        """Whether a path with overlap is cut into more pieces if its next ``rows`` rows are passed by themselves.
 
-        Each further piece takes one more row; a pass that stays smaller costs less than that.
+        Each further piece takes one more row, which costs more than a smaller pass.
         """
         whole, rest = (math.ceil((path.rows_left - begun) / (self.limit - 1)) for begun in (1, rows))
         return 1 + rest > whole
 
 
 def halve(chunk: Sequence[Piece[TaskT, PathT]]) -> list[Piece[TaskT, PathT]]:
-    """The first half of a chunk's rows; none where they are as few as they can be."""
+    """The first half of a chunk's rows; empty if the chunk cannot be halved."""
     room = chunk[-1].rows.stop // 2
     begun = [piece for piece in chunk if piece.rows.start < room]
     half = [replace(piece, rows=slice(piece.rows.start, min(piece.rows.stop, room))) for piece in begun]
@@ -258,11 +258,11 @@ def halve(chunk: Sequence[Piece[TaskT, PathT]]) -> list[Piece[TaskT, PathT]]:
 
 
 class OverloadedError(Exception):
-    """Too much waits already; the message says how much.
+    """Too many jobs or rows wait already; the message says how many.
 
     Attributes:
-        rows: jobs of so many rows, and more, are refused at present; None if that is not known.
-        seconds: until then there is likely no room.
+        rows: at present, jobs of at least this many rows are refused; None if that is not known.
+        seconds: until there is likely room.
     """
 
     def __init__(self, message: str, rows: int | None, seconds: float = 0.0) -> None:
@@ -277,7 +277,7 @@ class Admission:
     Attributes:
         max_wait_seconds: longest wait for a first row. A job expected to wait longer is rejected immediately; one that
             has waited longer is given up.
-        max_waiting: jobs that may be there at once, which bounds their memory.
+        max_waiting: most jobs that wait or run at once, which bounds their memory.
     """
 
     max_wait_seconds: float
@@ -287,15 +287,15 @@ class Admission:
         """Admit jobs of one request.
 
         Args:
-            jobs: how many come.
-            rows: that each is expected to take.
-            waiting: how many are there.
-            wait_seconds: expected until the first row of the first.
+            jobs: their number.
+            rows: expected rows of each.
+            waiting: number of jobs that wait or run.
+            wait_seconds: expected seconds until their first row.
 
         Raises:
             OverloadedError: they are rejected.
         """
-        if waiting and waiting + jobs > self.max_waiting:  # a request alone is never too large
+        if waiting and waiting + jobs > self.max_waiting:  # a request that comes alone is never too large
             raise OverloadedError(
                 f"{waiting} images wait for their gradients, and at most {self.max_waiting} may",
                 0 if jobs == 1 else None,

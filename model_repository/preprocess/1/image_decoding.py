@@ -4,8 +4,7 @@
 
     Compose([Resize(256), CenterCrop(224), ToTensor(), Normalize(mean, std)])
 
-Files come from strangers: what they would cost is read from their structure and their header and refused before it is
-spent.
+Files come from strangers: their cost is read from structure and header, and too much is refused before decoding.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images may cost; settings of the model.
+    """The largest images and requests; settings of the model.
 
-    ``max_bytes`` of a file; ``max_pixels`` of an image, and of what it is resized to, whose long side grows with the
-    ratio of its sides; ``max_request_pixels`` of all images of a request.
+    ``max_bytes`` of a file; ``max_pixels`` of an image, before and after it is resized (the resized long side grows
+    with the ratio of the sides); ``max_request_pixels`` of all images of a request.
     """
 
     max_bytes: int = 32 * 1024 * 1024
@@ -40,10 +39,10 @@ class ImageLimits:
 
 
 def open_image(encoded: bytes, limits: ImageLimits) -> Image.Image:
-    """Open a JPEG, PNG or WebP file, of which nothing is decoded yet.
+    """Open a JPEG, PNG or WebP file without decoding its pixels.
 
     Raises:
-        ImageError: the bytes are no such file, or one beyond the limits.
+        ImageError: the bytes are not such a file, or it is beyond the limits.
     """
     if not encoded:
         raise ImageError("IMAGE is empty")
@@ -68,9 +67,9 @@ def load_pixels(image: Image.Image, mean: list[float], std: list[float], limits:
     """Decode, orient, resize, crop and normalise one image.
 
     Args:
-        image: what ``open_image`` returned; decoded in place.
+        image: returned by ``open_image``; decoded in place.
         mean, std: per channel, for pixel values in [0, 1].
-        limits: what it may cost.
+        limits: named in messages.
 
     Returns:
         float32 [3, 224, 224].
@@ -89,7 +88,7 @@ def decode_rgb(image: Image.Image, limits: ImageLimits) -> Image.Image:
 
     Grey, CMYK and palette images are converted and alpha is dropped as ``Image.convert("RGB")`` does, which is what
     torchvision's dataset loaders use; colour profiles are ignored, as there. 16-bit images keep their high byte, as
-    torchvision's ``to_dtype`` does. Of several frames the first counts.
+    torchvision's ``to_dtype`` does. Only the first frame is used.
 
     Raises:
         ImageError: the file is broken.

@@ -1,7 +1,7 @@
-"""What an image file is made of, read from its bytes before any decoder sees it.
+"""Checks the structure of an image file, from its bytes, before a decoder reads it.
 
-Decoders' time depends on more than bytes and pixels: on the scans of a JPEG file, on the number of segments or chunks.
-A file of a few megabytes can hold millions of them, and take hours.
+A decoder's time depends not only on bytes and pixels, but also on the scans of a JPEG file and on the number of
+segments or chunks. A file of a few megabytes can have millions of them and take hours.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-# A progressive JPEG goes over all its pixels once a scan. Encoders make some ten scans; 200 of 75 bytes each took 9 s
-# on 49 million pixels (2 cores).
+# Each scan of a progressive JPEG updates all its pixels. Encoders make about ten scans; 200 scans of 75 bytes each took
+# 9 s on 49 million pixels (2 cores).
 MOST_JPEG_SCANS = 50
-# A photograph has some ten, with a depth map some hundred. Pillow copies all Exif data anew for each further Exif
+# A photograph has about ten, with a depth map about a hundred. Pillow copies all Exif data anew for each further Exif
 # segment, and takes 2 microseconds and 130 bytes for an empty segment.
 MOST_JPEG_SEGMENTS = 1000
 MOST_EXIF_SEGMENTS = 8
 # Encoders write data in chunks of 8 KB and more; Pillow takes 4 microseconds for an empty one.
 MOST_CHUNKS = 20_000
 
-# Any marker but those that stand inside a scan: stuffed bytes, restarts and fill bytes.
+# Any marker except those inside a scan: stuffed bytes, restarts and fill bytes.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_START_OF_IMAGE, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN, _JPEG_APP1 = 0xD8, 0xD9, 0xDA, 0xE1
-# No JPEG file has one; libjpeg would go on right behind it, and its length would hide what follows.
+# No JPEG file has them. libjpeg skips such a marker, but a parser that skips its length, too, misses what follows.
 _JPEG_RESERVED = range(0x01, 0xC0)
 
 
@@ -31,10 +31,10 @@ class ImageError(ValueError):
 
 
 def check_structure(encoded: bytes) -> None:
-    """Refuse files of more parts than an image has.
+    """Refuse files with more scans, segments or chunks than images have.
 
     Raises:
-        ImageError: there are too many, or some that no image has.
+        ImageError: there are too many, or a marker that no JPEG file has.
     """
     if encoded.startswith(b"\xff\xd8"):
         _check_jpeg(encoded)
@@ -51,7 +51,7 @@ def _check_jpeg(encoded: bytes) -> None:
     while marker := _JPEG_MARKER.search(encoded, position):
         code, position = marker[0][1], marker.end()
         if code == _JPEG_END_OF_IMAGE:
-            end = position  # phones append films and further pictures
+            end = position  # phones append videos and further pictures
             break
         if code in _JPEG_RESERVED:
             raise ImageError(f"IMAGE is a JPEG file with a marker that none has, {code:#04x}")
@@ -63,7 +63,7 @@ def _check_jpeg(encoded: bytes) -> None:
         if segments > MOST_JPEG_SEGMENTS or exif_segments > MOST_EXIF_SEGMENTS:
             raise ImageError("IMAGE is a JPEG file of too many segments")
         position += length
-    # Wherever they stand: what a decoder that loses its place finds is not to depend on this one's.
+    # All scans in the bytes are counted: a decoder may find scans where this parser finds none.
     if encoded.count(bytes((0xFF, _JPEG_START_OF_SCAN)), 0, end) > MOST_JPEG_SCANS:
         raise ImageError(f"IMAGE is a JPEG file of over {MOST_JPEG_SCANS} scans")
 
@@ -78,7 +78,7 @@ def _check_chunks(
     around: int,
     aligned_to: int,
 ) -> None:
-    """Count chunks of a length at a place, with so many bytes around their content, up to the end of the image."""
+    """Check the number of chunks up to ``end``; ``around`` is the bytes of a chunk besides its content."""
     chunks = 0
     while position + around <= end:
         is_last = kind == "PNG" and encoded.startswith(b"IEND", position + 4)

@@ -1,6 +1,6 @@
 """Triton model: encoded images in, normalised pixels out."""
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# What all models of this repository share lies there.
+# The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
 from attribution_parameters import read_parameters
@@ -26,7 +26,7 @@ from image_structure import ImageError
 from metric_families import metric_family
 from PIL import Image
 
-# That it goes on within a batch, which may take long, is seen from the first.
+# The first also shows progress within a batch, which may take long.
 COUNTERS = {
     "images_total": "Images looked into or decoded",
     "overloaded_total": "Requests turned away because the gradients take no more",
@@ -35,7 +35,7 @@ COUNTERS = {
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        # Pillow's remarks on strangers' files: every new text would be logged, and remembered for good.
+        # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in parameters.items()}
@@ -48,12 +48,12 @@ class TritonPythonModel:
         for name, description in COUNTERS.items():
             family = metric_family(f"preprocess_{name}", description)
             if family is not None:
-                self.families[name] = family  # which must outlive its metrics
-                own = {**labels, "outcome": "overloaded"} if name == "overloaded_total" else labels
-                self.metrics[name] = family.Metric(labels=own)
+                self.families[name] = family  # a family must outlive its metrics
+                outcome = {"outcome": "overloaded"} if name == "overloaded_total" else {}
+                self.metrics[name] = family.Metric(labels={**labels, **outcome})
 
     def finalize(self) -> None:
-        self.metrics.clear()  # before their families, which they must not outlive
+        self.metrics.clear()  # first: a metric must not outlive its family
         self.families.clear()
 
     def _count(self, name: str) -> None:
@@ -71,7 +71,7 @@ class TritonPythonModel:
         except CircuitOpenError as error:
             self._count("overloaded_total")
             return pb_utils.InferenceResponse(error=triton_error("overloaded", str(error)))
-        except Exception as failure:  # left to Triton, it would fail the whole batch
+        except Exception as failure:  # an exception would make Triton fail the whole batch
             pb_utils.Logger.log_error(f"preprocess failed: {traceback.format_exc()}")
             return pb_utils.InferenceResponse(error=triton_error("failed", f"preprocess failed: {failure!r:.200}"))
         return pb_utils.InferenceResponse(
@@ -82,9 +82,9 @@ class TritonPythonModel:
         """Pixels float32 [n, 3, 224, 224] and targets int64 [n, 1] of a request."""
         files = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
-        if files.ndim != 2:  # of a batch of none, Triton 2.51 makes a single one without its batch dimension
+        if files.ndim != 2:  # Triton 2.51 drops the batch dimension of an empty batch
             raise ImageError("IMAGE must be at least one")
-        # Only a request that goes on to the gradients needs its target.
+        # A request for its target is one for gradients.
         if "RESOLVED_TARGET" in request.requested_output_names():
             parameters = read_parameters(json.loads(request.parameters()))
             if parameters is not None:
@@ -101,7 +101,7 @@ class TritonPythonModel:
         return load_pixels(image, self.mean, self.std, self.limits).numpy()
 
     def _for_each(self, function: Callable, values: Sequence) -> list:
-        """``function`` of each value; what it refuses is numbered."""
+        """``function`` of each value; an ``ImageError`` gets the image's number."""
         results = []
         for index, value in enumerate(values):
             self._count("images_total")

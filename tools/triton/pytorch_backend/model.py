@@ -1,11 +1,11 @@
-"""Stand-in for Triton's libtorch backend, where that is not installed: a Python-based backend of the same name.
+"""Stand-in for Triton's libtorch backend where it is not installed: a Python-based backend of the same name.
 
 Triton uses ``backends/pytorch/model.py`` for every model with ``backend: "pytorch"``, so one config serves both. It
 runs TorchScript files by the same naming convention: inputs ``NAME__0``, ``NAME__1``, ... are positional arguments,
 outputs likewise the elements of the returned tuple.
 """
 
-from __future__ import annotations  # the types of pb_utils are not there yet when this is read
+from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ class TritonPythonModel:
         batches = {}
         for number, request in enumerate(requests):
             batch = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
-            # Of a batch of none, Triton 2.51 makes a single one without its batch dimension; others may be beside it.
+            # Triton 2.51 drops the batch dimension of an empty batch; only that request is refused.
             if [array.ndim for array in batch] == self.dimensions:
                 batches[number] = batch
             else:
