@@ -75,7 +75,10 @@ def test_port_in_use_is_named(small_repository, tmp_path, which):
 
 
 def test_failed_model_is_named_with_its_reason(small_repository, tmp_path):
-    (small_repository / "heatmap" / "1" / "model.py").write_text("raise RuntimeError('no colours today')\n")
+    folder = small_repository / "heatmap" / "1"
+    folder.unlink()  # a link to the model itself
+    folder.mkdir()
+    (folder / "model.py").write_text("raise RuntimeError('no colours today')\n")
     server = EmbeddedServer(small_repository, Ports.free(), tmp_path / "log")
     with pytest.raises(ServerError, match=r"model heatmap failed to load: .*no colours today"), server:
         pass

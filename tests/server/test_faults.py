@@ -458,6 +458,7 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert row["accepted_seconds"]["p99"] < 5 + row["computing_p99_at_most"] + 1
 
 
+@pytest.mark.slow
 def test_two_minutes_of_everything_leave_nothing_wrong(repository, tmp_path):
     with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
         report = soak(server, 120)
