@@ -60,14 +60,14 @@ def headlines(report: dict[str, Any]) -> Iterator[str]:
     if photographs := report.get("photographs"):
         typical = photographs["accurate"]["median_seconds"]
         yield (
-            f"EfficientNet-Lite0 and photographs, in one process: `calibrated` with 20 steps is "
+            f"EfficientNet-Lite0 and photographs: `calibrated` with 20 steps is "
             f"{typical['captum'] / typical['calibrated, 20 steps']:.2f} times as fast as Captum's "
             f"{engine.ACCURATE_STEPS} steps as its examples call it."
         )
     if accurate := report.get("engine", {}).get("accurate"):
         typical = accurate["median_seconds"]
         yield (
-            "Shapes, in one process: `calibrated` with 16 steps is "
+            "Shapes: `calibrated` with 16 steps is "
             f"{typical['captum'] / typical['calibrated, 16 steps']:.2f} times as fast as Captum's "
             f"{engine.ACCURATE_STEPS} steps as its examples call it, which are less accurate."
         )
@@ -94,10 +94,10 @@ SECTIONS: tuple[Section, ...] = (
     ("isolation", "Beside saturated explanations", server.isolation_table),
     ("shares", "Where the time goes", scaling.shares_table),
     ("scaling", "Steps, batches, image sizes", scaling.scaling_table),
-    ("photographs", "A real network and photographs: the engine against Captum, in one process", engine.table),
+    ("photographs", "A real network and photographs: the engine against Captum", engine.table),
     (
         "engine",
-        "The engine against Captum, in one process",
+        "The engine against Captum",
         lambda measured: f"{engine.table(measured)}\n\n{cost_table(measured)}",
     ),
     ("sampling", "Gradients against sampling", sampling.table),

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -66,11 +66,22 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run by name; runs take turns, after one warm-up of each."""
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, always_warm: Collection[str] = (), is_warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each run by name; runs take turns, after one warm-up of each.
+
+    Args:
+        runs: what to time, by name.
+        repeats: timed runs of each.
+        always_warm: runs before each of which an untimed one comes.
+        is_warm: leave the first warm-up out.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
+    for repeat in range(0 if is_warm else -1, repeats):
         for name, run in runs.items():
+            if name in always_warm and repeat >= 0:
+                run()
             duration = timed(run)
             if repeat >= 0:
                 seconds[name].append(duration)
