@@ -131,8 +131,8 @@ def test_a_far_deadline_does_not_go_before_others(engine, fake_time):
     for paired in (False, True):
         engine.clock.record([Pass(8, paired)], 8 * fake_time.seconds_per_row)
     far, near, short = job(fake_time, 5000), job(fake_time, 1000, 1), job(fake_time, None, 2, n_steps=12)
-    names = {id(far): "far", id(near): "near", id(short): "short"}
-    order = [names[id(done)] for done, _ in engine.explain_as_done([far, near, short])]
+    names = {far: "far", near: "near", short: "short"}
+    order = [names[done] for done, _ in engine.explain_as_done([far, near, short])]
     assert order == ["near", "short", "far"]
 
 
@@ -164,10 +164,20 @@ def test_clock_knows_passes_between_and_beyond_those_it_saw():
     assert clock.rows_within(1.75, 8, False) == 16 + 7
     assert clock.rows_within(0.3, 8, False) == clock.rows_within(-1, 8, False) == 0
     assert clock.rows_within(1.0, 8, True) is None  # paired rows take longer, and none was seen
-    assert clock.seconds(80) == pytest.approx(6.0)
+    assert clock.seconds(80) == pytest.approx(80 * (0.9 * 0.4 + 0.6) / (0.9 * 4 + 8))
     for _ in range(20):
         clock.record([Pass(8, False)], 1.2)
     assert clock.estimate(8, False) == pytest.approx(1.2, rel=0.01)
+
+
+def test_a_small_pass_hardly_changes_the_rate_of_rows():
+    clock = PassClock()
+    for _ in range(20):
+        clock.record([Pass(64, True)], 0.02)
+    expected = clock.seconds(1600)
+    assert expected == pytest.approx(0.5)
+    clock.record([Pass(2, True)], 0.005)
+    assert clock.seconds(1600) == pytest.approx(expected, rel=0.05)
 
 
 def test_clock_shares_out_passes_that_were_timed_together():
@@ -189,6 +199,15 @@ def test_all_of_a_batch_are_answered_though_none_has_time(engine, fake_time, cou
     jobs = [job(fake_time, 1, index % 3) for index in range(count)]
     explanations = engine.explain(jobs)
     assert all(explanation is not None and 0 < explanation.error_estimate < 3 for explanation in explanations)
+
+
+def test_the_first_deadline_of_a_server_uses_its_time_too(engine, monkeypatch):
+    fake_time = FakeTime(engine)
+    fake_time.rule(monkeypatch)
+    one = job(fake_time, 1000)
+    (found,) = engine.explain([one])
+    assert fake_time.now <= one.deadline + 8 * fake_time.seconds_per_row
+    assert found.n_steps > 20
 
 
 def test_too_few_steps_for_a_deadline_are_refused(engine, fake_time):

@@ -134,3 +134,10 @@ def test_what_is_seen_of_16_bits_is_their_high_byte() -> None:
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
 def test_a_pil_image_of_a_mode_that_png_lacks_is_sent_as_rgb(mode: str) -> None:
     assert decoded(encoded(picture(40, 30).convert(mode))).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B"])
+def test_a_pil_image_of_16_bits_keeps_them(mode: str) -> None:
+    values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype({"I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode])
+    image = Image.frombytes(mode, (40, 30), values.tobytes())
+    np.testing.assert_array_equal(np.asarray(decoded(encoded(image))), values)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+PNG_MODES = ("1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA")
 # As in the server's `preprocess`: the short side is resized, the centre cropped.
 RESIZED_SIDE, CROPPED_SIDE = 256, 224
 
@@ -40,7 +40,7 @@ def encoded(image: ImageSource) -> bytes:
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         if image.mode not in PNG_MODES:
-            image = image.convert("RGB")
+            image = image.convert("I;16" if image.mode == "I" else "RGB")
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=1)
         return file.getvalue()

@@ -25,7 +25,7 @@ import triton_python_backend_utils as pb_utils
 # The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
-from error_codes import code_of, triton_error, with_status
+from error_codes import code_of, outcome_of, triton_error, with_status
 from metric_families import metric_family
 from stream_levels import LevelAccumulator, LevelAnswer, plan_stream
 
@@ -158,7 +158,7 @@ class TritonPythonModel:
         outcome = "explained"
         if failure is not None:
             error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
-            outcome = code_of(error.message()) or "failed"
+            outcome = outcome_of(error)
             _refuse(sender, error)
         self._count(outcome)
 

@@ -108,7 +108,7 @@ class AttributionEngine:
         self._lock = threading.Lock()  # the passes share buffers
         self._scheduler: _Scheduler | None = None  # of the current call
         self._untimed: list[Pass] = []
-        self._untimed_since = math.nan
+        self._timed_until = math.nan
 
     def explain(
         self, jobs: Sequence[Job], max_rows: int | None = None, with_delta: bool = True
@@ -159,6 +159,7 @@ class AttributionEngine:
             finally:
                 self._scheduler = None
                 self._untimed.clear()
+                self._timed_until = math.nan
 
     @property
     def usual_rows(self) -> int:
@@ -208,11 +209,11 @@ class AttributionEngine:
         self._finish_late(scheduler, with_delta)
         yield from scheduler.take_finished()  # before another pass
         if scheduler.has_rows:
-            if not self._untimed:
-                self._untimed_since = time.monotonic()
+            if math.isnan(self._timed_until):
+                self._timed_until = time.monotonic()
             chunk = self._run(scheduler.next_chunk(self._equal_chunks))
+            self._time(chunk)  # the next stage is planned by it
             self._commit(chunk, scheduler, with_delta)
-            self._time(chunk)
         yield from scheduler.take_finished()
 
     def _finish_late(self, scheduler: _Scheduler, with_delta: bool) -> None:
@@ -278,14 +279,16 @@ class AttributionEngine:
         scheduler.end(task, path)
 
     def _time(self, chunk: _Chunk) -> None:
-        """Record the time of all passes since the last record, once the device has finished them."""
+        """Record the time since the last record, with what came between the passes, once the device has finished."""
         device = chunk[0].path.image.device
         if device.type == "cuda":
             has_deadline = any(piece.task.deadline is not None for piece in chunk)
             if not has_deadline and len(self._untimed) < PASSES_TIMED_TOGETHER:
                 return
             torch.cuda.synchronize(device)
-        self.clock.record(self._untimed, time.monotonic() - self._untimed_since)
+        now = time.monotonic()
+        self.clock.record(self._untimed, now - self._timed_until)
+        self._timed_until = now
         self._untimed.clear()
 
     def _rule(self, job: Job, sharing: int) -> Rule:

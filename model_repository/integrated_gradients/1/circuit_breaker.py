@@ -50,7 +50,7 @@ class CircuitBreaker:
             return  # larger requests must not keep it open for smaller ones
         self._until, self._rows = now + min(max(seconds, SECONDS), MOST_SECONDS), float(rows)
         with contextlib.suppress(OSError):  # without the file requests are refused later, at the worker
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             try:
                 os.write(descriptor, struct.pack(FORMAT, self._until, self._rows, self._usual_rows))
             finally:

@@ -40,3 +40,11 @@ def with_status(code: str, message: str) -> pb_utils.TritonError:
     import triton_python_backend_utils as pb_utils  # exists only inside Triton
 
     return pb_utils.TritonError(message, getattr(pb_utils.TritonError, STATUSES[code]))
+
+
+def outcome_of(error: pb_utils.TritonError) -> str:
+    """The code of an error; of Triton's own, which has none, the one that its status stands for."""
+    import triton_python_backend_utils as pb_utils
+
+    by_status = {getattr(pb_utils.TritonError, status): code for code, status in reversed(STATUSES.items())}
+    return code_of(error.message()) or by_status.get(error.code(), "failed")

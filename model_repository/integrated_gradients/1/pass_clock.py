@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 # Weight of the latest pass in the running mean: the estimate follows a change of load within a few passes.
 FOLLOWING = 0.3
+# What each further pass leaves of those before it in the rate of rows, so that a small pass hardly counts.
+MEMORY = 0.9
 
 
 class Pass(NamedTuple):
@@ -22,17 +24,19 @@ class PassClock:
 
     def __init__(self) -> None:
         self._seconds: dict[Pass, float] = {}
-        self._latest: Pass | None = None
+        self._recent = 0.0, 0.0  # rows and seconds of late
 
     def record(self, passes: Sequence[Pass], seconds: float) -> None:
         """Record passes that took ``seconds`` together."""
+        kept = MEMORY ** len(passes)
+        rows, total = self._recent
+        self._recent = kept * rows + sum(key.rows for key in passes), kept * total + seconds
         known_all = all(self._seconds.get(key) for key in passes)  # else the time is divided by rows
         expected = [self._seconds[key] if known_all else float(key.rows) for key in passes]
         for key, share in zip(passes, expected):
             measured = seconds * share / sum(expected)
             known = self._seconds.get(key, measured)
             self._seconds[key] = known + FOLLOWING * (measured - known)
-            self._latest = key
 
     def estimate(self, rows: int, paired: bool) -> float:
         """Seconds of a pass of ``rows`` rows, interpolated where none was recorded; NaN before any was."""
@@ -59,6 +63,6 @@ class PassClock:
         return passes * largest + rest
 
     def seconds(self, rows: int) -> float:
-        """Seconds of ``rows`` rows at the rate of the latest pass; 0 before any was recorded."""
-        latest = self._latest
-        return 0.0 if latest is None else rows * self._seconds[latest] / latest.rows
+        """Seconds of ``rows`` rows at the rate of late; 0 before any pass was recorded. From any thread."""
+        recent_rows, recent_seconds = self._recent
+        return rows * recent_seconds / recent_rows if recent_rows else 0.0
