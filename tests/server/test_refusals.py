@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +110,28 @@ INVALID = {"gRPC": INVALID_ARGUMENT, "HTTP": "400", "stream": "INVALID_ARGUMENT"
 TRANSPORTS = {"gRPC": ask_grpc, "HTTP": ask_http, "stream": ask_stream}
 
 
+def ask_as_one_batch(
+    triton: Any, model: str, ask: Callable[[int], Any], block: Callable[[], Any], seconds: float
+) -> list[Any]:
+    """Answers to requests 0 to 7, which gather to one batch of ``model`` while ``block`` keeps it busy.
+
+    Args:
+        triton: client of the server.
+        model: that executes the batch.
+        ask: answers to a number.
+        block: a request that takes ``model`` so long.
+        seconds: until it has begun.
+    """
+    before = executed_batches(triton, model).get(8, 0)
+    with ThreadPoolExecutor(9) as pool:
+        blocker = pool.submit(block)
+        time.sleep(seconds)
+        answers = list(pool.map(ask, range(8)))
+        blocker.result()
+    wait_for_batches(triton, model, 8, before + 1)
+    return answers
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_three_bad_requests_in_a_batch_of_eight_leave_five_alone(server, triton, images, transport):
     """The bad ones reach the gradients' own batch: preprocessing finds nothing wrong with their images."""
@@ -122,13 +146,7 @@ def test_three_bad_requests_in_a_batch_of_eight_leave_five_alone(server, triton,
         return ask(images[number], target, {"n_steps": 4, **parameters})
 
     alone = {number: ask_number(number) for number in range(8) if number not in bad}
-    before = executed_batches(triton, "integrated_gradients").get(8, 0)
-    with ThreadPoolExecutor(9) as pool:
-        blocker = pool.submit(block_gradients, triton, images)
-        time.sleep(1)
-        answers = list(pool.map(ask_number, range(8)))
-        blocker.result()
-    wait_for_batches(triton, "integrated_gradients", 8, before + 1)
+    answers = ask_as_one_batch(triton, "integrated_gradients", ask_number, partial(block_gradients, triton, images), 1)
     for number, answer in enumerate(answers):
         if number in bad:
             assert INVALID[transport] in answer
@@ -148,14 +166,9 @@ def test_three_bad_images_in_a_batch_of_eight_leave_five_alone(triton, images):
             return refusal
 
     alone = {number: ask(number) for number in range(8) if number not in bad}
-    before = executed_batches(triton, "preprocess").get(8, 0)
     large = encode(scene_image(0).resize((7000, 7000)))  # two take seconds to decode: the eight gather meanwhile
-    with ThreadPoolExecutor(9) as pool:
-        blocker = pool.submit(infer, triton, [large] * 2, model="classify", outputs=("PROBABILITIES",))
-        time.sleep(0.5)
-        answers = list(pool.map(ask, range(8)))
-        blocker.result()
-    wait_for_batches(triton, "preprocess", 8, before + 1)
+    block = partial(infer, triton, [large] * 2, model="classify", outputs=("PROBABILITIES",))
+    answers = ask_as_one_batch(triton, "preprocess", ask, block, 0.5)
     for number, answer in enumerate(answers):
         if number in bad:
             assert answer.status() == INVALID_ARGUMENT

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import encode, scene_image
 from image_structure import (
     MOST_CHUNKS,
     MOST_EXIF_SEGMENTS,
@@ -18,6 +19,7 @@ from image_structure import (
     ImageError,
     check_structure,
 )
+from malformed_images import png_of_size, webp_of_chunks, with_segments
 from PIL import Image, ImageCms
 
 START, END = b"\xff\xd8", b"\xff\xd9"
@@ -143,3 +145,22 @@ def test_a_refusal_is_a_value_error() -> None:
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_what_follows_the_end_of_another_file_is_no_part_of_it(kind: str) -> None:
     check_structure(PHOTOGRAPHS[kind] + bytes(13 * MOST_CHUNKS))
+
+
+def test_a_marker_that_no_jpeg_has_is_refused_by_itself():
+    with pytest.raises(ImageError, match="with a marker that none has, 0x02"):
+        check_structure(with_segments(encode(scene_image(0, 300), "JPEG"), 1, b"\x02\x00\x02"))
+
+
+def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
+    jpeg, webp = encode(scene_image(0, 300), "JPEG"), encode(scene_image(0, 300), "WEBP")
+    exif, other = b"\xe1\x00\x08Exif\0\0", b"\xe5\x00\x02"
+    for most, file in (
+        (MOST_JPEG_SEGMENTS, lambda count: with_segments(jpeg, count, other)),
+        (MOST_EXIF_SEGMENTS, lambda count: with_segments(jpeg, count, exif)),
+        (MOST_CHUNKS, lambda count: png_of_size(8, 8, count)),
+        (MOST_CHUNKS, lambda count: webp_of_chunks(webp, count)),
+    ):
+        check_structure(file(most // 2))
+        with pytest.raises(ImageError, match=r"too many segments|of over 20000 chunks"):
+            check_structure(file(2 * most))
