@@ -12,10 +12,12 @@ import tritonclient.grpc
 from PIL import Image
 from torchvision import transforms
 
+from tools.classifiers.loading import load_source
 from tools.evaluation.image_files import encode as encode
-from tools.export import build_served, load_source, repository_with
+from tools.export import repository_with
 from tools.server import EmbeddedServer, Ports
 from tools.shapes.dataset import draw_scene
+from tools.torchscript.served_classifier import build_served
 
 # After `tools`, which adds the models' folders to the path.
 from attribution_engine import AttributionEngine  # isort: skip

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Job
+from classifier_files import Preprocessing
 from engine_loading import build_engine
 from error_law import ErrorLaw
 from image_decoding import ImageLimits, load_pixels, open_image
@@ -33,9 +34,10 @@ from richardson_rule import COARSE_SHARE
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.classifiers.loading import NETWORKS
 from tools.evaluation.integrals import EXPLAINED_OUTPUTS, integrands
 from tools.evaluation.measuring import SHAPE, default_device, explain
-from tools.export import NETWORKS, Preprocessing, ensure_exported, read_manifest, repository_with
+from tools.export import ensure_exported, read_manifest, repository_with
 from tools.imagenet.photographs import CALIBRATION, crops, view
 from tools.paths import MODEL_REPOSITORY
 from tools.shapes.dataset import view_pixels
@@ -177,7 +179,7 @@ def main() -> None:
     repository = repository_with(arguments.network) if arguments.network else arguments.repository
     ensure_exported(repository, arguments.network or os.environ.get("NETWORK"))
     manifest = read_manifest(repository) or {}
-    preprocessing = Preprocessing(**manifest.get("preprocessing", {}))
+    preprocessing = Preprocessing.from_manifest(manifest.get("preprocessing", {}))
     file = repository / "classifier" / "1" / "model.pt"
     engine = build_engine(file, arguments.device, SHAPE, precision="ieee")
     if arguments.images is not None:

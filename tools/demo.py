@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from tools.export import ExportError, describe_served, ensure_exported, read_manifest
+from tools.classifiers.source import ExportError
+from tools.export import describe_served, ensure_exported, read_manifest
 from tools.imagenet.photographs import DEMO
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports

@@ -31,6 +31,7 @@ import path_rules
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
+from classifier_files import Preprocessing
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,7 +49,6 @@ from tools.evaluation.measuring import (
     rounded,
 )
 from tools.evaluation.quality_report import plot, summarise, table
-from tools.export import Preprocessing
 from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
@@ -114,7 +114,7 @@ class HeldOut:
         self.uncalibrated = AttributionEngine(self.engine.network, max_rows=self.engine.max_rows)
         density, manifest = self.engine.density, load_manifest(network)
         assert density is not None  # `load_engine` loads it
-        self.preprocessing = Preprocessing(**manifest["preprocessing"])
+        self.preprocessing = Preprocessing.from_manifest(manifest["preprocessing"])
         # Integrals depend on the network only; errors also on the code and calibration that place and weigh nodes.
         self.folder = folder / manifest["weights_sha256"][:12]
         code = Path(path_rules.__file__).parent

@@ -207,7 +207,8 @@ def main() -> None:
         help="time in which there must be progress; longer than one pass of the gradients (default: 4)",
     )
     arguments = parser.parse_args()
-    from tools.export import ExportError, describe_served, ensure_exported  # torch takes seconds to import
+    from tools.classifiers.source import ExportError  # torch takes seconds to import
+    from tools.export import describe_served, ensure_exported  # torch takes seconds to import
 
     stop_on_signals()
     try:

@@ -10,7 +10,8 @@ from conftest import MEAN, STD, encode, relative_distance, scene_image, scene_pi
 from live_server import infer
 from path_baselines import Baselines
 
-from tools.export import export, load_source
+from tools.classifiers.loading import load_source
+from tools.export import export
 from tools.paths import MODEL_REPOSITORY
 from tools.server import EmbeddedServer, Ports
 

@@ -9,6 +9,7 @@ import torch
 import tritonclient.grpc
 from attribution_engine import AttributionEngine
 from attribution_job import Job
+from classifier_files import Preprocessing
 from conftest import encode, relative_distance
 from live_server import Stream, infer
 from path_density import PathDensity
@@ -16,7 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 from tools.evaluation.measuring import load_engine
-from tools.export import Preprocessing, describe_served, read_manifest, repository_with
+from tools.export import describe_served, read_manifest, repository_with
 from tools.imagenet.lite0 import load_lite0
 from tools.imagenet.photographs import CHELSEA, CHINA, COFFEE, DEMO, view
 from tools.server import EmbeddedServer, Ports
@@ -69,7 +70,7 @@ def engine():
 
 def test_what_serves_is_said_and_a_view_is_what_torchvision_makes(photographs):
     assert describe_served(repository_with("lite0")).startswith("efficientnet_lite0, lite0 (ImageNet")
-    preprocessing = Preprocessing(**read_manifest(repository_with("lite0"))["preprocessing"])
+    preprocessing = Preprocessing.from_manifest(read_manifest(repository_with("lite0"))["preprocessing"])
     image = Image.open(CHELSEA.file).convert("RGB")
     torch.testing.assert_close(view(image, preprocessing), photographs[0][1])
 

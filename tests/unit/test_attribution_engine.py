@@ -14,7 +14,7 @@ from conftest import MEAN, STD, relative_distance, scene_pixels, untrained
 from path_baselines import Baselines
 from path_quadrature import quadrature
 
-from tools.export import build_served
+from tools.torchscript.served_classifier import build_served
 
 METHODS = ["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
 BASELINES = Baselines(list(MEAN), list(STD))

@@ -10,15 +10,16 @@ import pytest
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Job
+from classifier_files import Preprocessing
 from conftest import relative_distance, scene_pixels, untrained
 from error_law import ErrorLaw
 from path_density import CalibrationError, PathDensity
 
 from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
 from tools.evaluation.integrals import integrate
-from tools.export import Preprocessing, build_served
 from tools.shapes.checkpoint import DEMO_CALIBRATION
 from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, share_gradients
+from tools.torchscript.served_classifier import build_served
 
 FLAT = torch.ones(1).double()
 LAW = {"scale": 1.0, "order": 1.5, "margin": 1.3}

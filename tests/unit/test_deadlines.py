@@ -9,7 +9,7 @@ from attribution_job import Job
 from conftest import scene_pixels, untrained
 from pass_clock import Pass, PassClock
 
-from tools.export import build_served
+from tools.torchscript.served_classifier import build_served
 
 
 class FakeTime:

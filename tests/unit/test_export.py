@@ -13,7 +13,10 @@ import torch
 from conftest import MEAN, STD, scene_pixels, untrained
 
 from tools import export
-from tools.export import DownloadError, ExportError, ensure_exported, load_source, read_manifest
+from tools.classifiers import loading
+from tools.classifiers.loading import load_source
+from tools.classifiers.source import DownloadError, ExportError
+from tools.export import ensure_exported, read_manifest
 from tools.imagenet import lite0
 from tools.paths import ROOT
 from tools.shapes.dataset import CLASSES
@@ -102,7 +105,13 @@ def test_labels_and_manifest_lie_beside_the_model(repository):
     assert manifest["architecture"] == "resnet18"
     assert manifest["weights"] == manifest["network"] == "shapes"
     assert manifest["automatic"] is False
-    assert manifest["preprocessing"] == {"resize": 256, "center_crop": 224, "mean": list(MEAN), "std": list(STD)}
+    assert manifest["preprocessing"] == {
+        "resize": 256,
+        "crop": [224, 224],
+        "interpolation": "bilinear",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
@@ -199,7 +208,7 @@ def test_without_a_network_a_real_one_is_served_and_what_stands_in_for_it_is_sai
     def fail(architecture):
         raise DownloadError("no network")
 
-    monkeypatch.setattr(export, "_load_imagenet", fail)
+    monkeypatch.setattr(loading, "_load_imagenet", fail)
     ensure_exported(tmp_path)
     assert exports == [("lite0", True)]
     (said,) = capsys.readouterr().out.splitlines()

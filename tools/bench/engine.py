@@ -44,6 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from tools.classifiers.loading import load_source
 from tools.evaluation.measuring import (
     SHAPE,
     default_device,
@@ -57,7 +58,6 @@ from tools.evaluation.measuring import (
     timed,
     write_report,
 )
-from tools.export import load_source
 from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import view_pixels

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from torchvision import transforms
 
-from tools.export import load_source
+from tools.classifiers.loading import load_source
 
 N_STEPS = 50
 

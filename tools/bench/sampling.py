@@ -22,10 +22,10 @@ from skimage.segmentation import slic
 from torch import Tensor
 from tqdm import tqdm
 
+from tools.classifiers.loading import load_source
 from tools.evaluation.faithfulness import curves
 from tools.evaluation.localisation import DILATION, dilate, peak_inside, share_inside
 from tools.evaluation.measuring import default_device, describe_machine, explain, load_engine, write_report
-from tools.export import load_source
 from tools.paths import OUTPUTS
 from tools.shapes.dataset import draw_view, view_pixels
 

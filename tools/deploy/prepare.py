@@ -12,7 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from tools.export import ExportError, export, load_source
+from tools.classifiers.loading import load_source
+from tools.classifiers.source import ExportError
+from tools.export import export
 from tools.paths import MODEL_REPOSITORY
 
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "model.pt", "manifest.json", "path_density.json", "labels.txt")

@@ -1,6 +1,6 @@
 """Helpers of benchmarks and reports: a network's engine, a description of the machine, interleaved runs.
 
-Networks are those of ``tools.export.NETWORKS``, independent of what `model_repository` serves.
+Networks are those of ``tools.classifiers.loading.NETWORKS``, independent of what `model_repository` serves.
 """
 
 from __future__ import annotations

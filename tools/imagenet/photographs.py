@@ -11,11 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from classifier_files import Preprocessing
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional
-
-from tools.export import Preprocessing
 
 # Least share of a photograph's area in a crop, and largest ratio of a crop's sides.
 LEAST_AREA, WIDEST = 0.25, 4 / 3
@@ -109,7 +108,7 @@ def crops(photographs: Sequence[Photograph], count: int) -> Iterator[tuple[str, 
 
 def view(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """The network's input for an RGB image, float32 [3, height, width], as `preprocess` makes it."""
-    resized = functional.center_crop(functional.resize(image, preprocessing.resize), preprocessing.center_crop)
+    resized = functional.center_crop(functional.resize(image, preprocessing.resize), preprocessing.crop)
     return functional.normalize(functional.to_tensor(resized), preprocessing.mean, preprocessing.std)
 
 

@@ -1,0 +1,1 @@
+"""Where classifiers come from: their weights, architectures, class names and preprocessing."""
