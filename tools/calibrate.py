@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from tools.classifiers.loading import NETWORKS
 from tools.evaluation.integrals import EXPLAINED_OUTPUTS, integrands
-from tools.evaluation.measuring import SHAPE, default_device, explain
+from tools.evaluation.measuring import default_device, explain
 from tools.export import ensure_exported, read_manifest, repository_with
 from tools.imagenet.photographs import CALIBRATION, crops, view
 from tools.paths import MODEL_REPOSITORY
@@ -60,7 +60,7 @@ def gradient_change(engine: AttributionEngine, image: Tensor, intervals: int = I
 
     Args:
         engine: of the network.
-        image: float32 [3, height, width], normalised.
+        image: float32 [channels, height, width], normalised.
 
     Returns:
         Norms in pixel space relative to the attribution's norm, float64 [intervals].
@@ -151,14 +151,13 @@ def fit_law(errors: np.ndarray, differences: list[dict[int, float]]) -> ErrorLaw
 
 
 def load_folder(folder: Path, count: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Images of a folder as `preprocess` makes them, float32 [3, 224, 224]; files that are not images are reported."""
+    """Images of a folder as `preprocess` makes them, float32 [channels, height, width]; reports other files."""
     loaded, limits = 0, ImageLimits()
-    mean, std = list(preprocessing.mean), list(preprocessing.std)
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or loaded == count:
             continue
         try:
-            pixels = load_pixels(open_image(file.read_bytes(), limits), mean, std, limits)
+            pixels = load_pixels(open_image(file.read_bytes(), preprocessing, limits), preprocessing, limits)
         except ImageError as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
             continue
@@ -181,7 +180,7 @@ def main() -> None:
     manifest = read_manifest(repository) or {}
     preprocessing = Preprocessing.from_manifest(manifest.get("preprocessing", {}))
     file = repository / "classifier" / "1" / "model.pt"
-    engine = build_engine(file, arguments.device, SHAPE, precision="ieee")
+    engine = build_engine(file, arguments.device, preprocessing.input_shape, precision="ieee")
     if arguments.images is not None:
         images, source = list(load_folder(arguments.images, arguments.count, preprocessing)), arguments.images.name
     elif manifest.get("network") == "shapes":

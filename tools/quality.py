@@ -128,7 +128,7 @@ class HeldOut:
         self.results_file = self.folder / f"rules_{reference_steps}_{digest.hexdigest()[:12]}.jsonl"
 
     def images(self, count: int) -> dict[str, Tensor]:
-        """Images by name, normalised, float32 [3, height, width]."""
+        """Images by name, normalised, float32 [channels, height, width]."""
         if self.network == "shapes":
             images = {str(index): view_pixels("test", [index])[0] for index in range(FIRST_VIEW, FIRST_VIEW + count)}
         else:
@@ -149,7 +149,7 @@ class HeldOut:
         )
 
     def integral(self, name: str, job: Job) -> dict[str, Tensor]:
-        """The integral of each output along a job's path, [3, height, width], from its file if there is one."""
+        """The integral of each output along a job's path, [channels, height, width], from its file if there is one."""
         # An image of the same name may have other pixels.
         digest = hashlib.sha256(job.image.cpu().numpy().tobytes()).hexdigest()
         file = self.folder / f"integrals_{self.reference_steps}" / f"{name}_{digest[:8]}.npz"
@@ -224,7 +224,7 @@ def _statements(file: Path) -> str:
 
 
 def compare(explanation: Explanation, integral: Tensor) -> dict[str, float | None]:
-    """An explanation's errors against the integral [3, height, width]."""
+    """An explanation's errors against the integral [channels, height, width]."""
     assert explanation.convergence_delta is not None  # it is None only if it was not requested
     change = explanation.attributions.sum() - explanation.convergence_delta
     saliency, exact = explanation.attributions.sum(dim=0), integral.sum(dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tools.evaluation.faithfulness import POINTS, Curves, curves
 
-SIZE = 32  # more than half the blur's kernel, whose ends are mirrored
+SIZE = 32
 EVIDENCE = (slice(None), slice(4, 12), slice(20, 28))
 
 

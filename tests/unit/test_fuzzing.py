@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 from attribution_parameters import AttributionParameters, Limits, parse_parameters
+from classifier_files import Preprocessing
 from heatmap_parameters import HeatmapParameters
 from heatmap_parameters import parse_parameters as parse_heatmap_parameters
 from hypothesis import HealthCheck, given, settings
@@ -33,7 +34,7 @@ QUICK, THOROUGH = 2_000, 50_000
 # 20,000 mutated images added 20, 10, 1, 0, 4 and 0 MB.
 GROWTH_MB = 30
 LIMITS = ImageLimits(max_bytes=200_000, max_pixels=1_000_000)
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PREPROCESSING = Preprocessing()
 
 # Everything that a request parameter can be: Triton takes booleans, 64-bit integers, doubles and strings.
 NUMBERS = st.one_of(
@@ -129,7 +130,9 @@ IMAGES = st.one_of(
 
 def check_image(file: bytes) -> None:
     """It decodes to pixels or is refused in a sentence."""
-    pixels = answer_or_refusal(lambda: load_pixels(open_image(file, LIMITS), MEAN, STD, LIMITS), ImageError)
+    pixels = answer_or_refusal(
+        lambda: load_pixels(open_image(file, PREPROCESSING, LIMITS), PREPROCESSING, LIMITS), ImageError
+    )
     if not isinstance(pixels, str):
         assert pixels.shape == (3, 224, 224)
         assert pixels.isfinite().all()

@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from heatmap_drawing import draw_heatmap
+from classifier_files import Preprocessing
+from heatmap_drawing import SMOOTHING_SHARE, draw_heatmap, pictures
 from heatmap_parameters import parse_parameters
 from PIL import Image
 from request_parameters import ParameterError
@@ -64,6 +65,46 @@ def test_one_bright_pixel_does_not_darken_the_rest():
 def test_no_evidence_draws_the_grey_image():
     for polarity in ("positive", "all"):
         np.testing.assert_array_equal(draw(np.zeros((224, 224), np.float32), polarity=polarity), IMAGE)
+
+
+@pytest.mark.parametrize("overlay", ["blend", "heatmap", "masked"])
+@pytest.mark.parametrize("polarity", ["positive", "all"])
+@pytest.mark.parametrize("size", [(28, 28), (128, 160), (384, 384)], ids=str)
+def test_a_heatmap_is_as_large_as_its_image(size, polarity, overlay):
+    relevance = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    parameters = parse_parameters({"polarity": polarity, "overlay": overlay})
+    file = draw_heatmap(np.zeros((*size, 3), np.uint8), relevance, parameters)
+    assert np.asarray(Image.open(io.BytesIO(file))).shape == (*size, 3)
+
+
+def test_the_smoothing_is_1_5_pixels_at_224():
+    assert 224 * SMOOTHING_SHARE == 1.5
+
+
+@pytest.mark.parametrize("size", [112, 448])
+def test_larger_images_are_smoothed_more(size):
+    """The drawing of an image twice as large is nearly the same, at half its size."""
+
+    def drawn(side: int) -> np.ndarray:
+        relevance = np.asarray(Image.fromarray(RELEVANCE).resize((side, side), Image.Resampling.NEAREST))
+        file = draw_heatmap(np.zeros((side, side, 3), np.uint8), relevance, parse_parameters({"overlay": "heatmap"}))
+        return np.asarray(Image.open(io.BytesIO(file)).resize((112, 112), Image.Resampling.BOX)).astype(float)
+
+    difference = np.abs(drawn(size) - drawn(224))
+    assert difference.mean() < 1
+    # Edges are rounded to whole pixels.
+    assert difference.max() < 60
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,), (0.25,))], ids=str)
+def test_pictures_are_the_images_before_normalisation(mean, std):
+    preprocessing = Preprocessing(crop=(5, 7), mean=mean, std=std)
+    images = np.random.default_rng(0).integers(0, 256, (2, *preprocessing.input_shape), np.uint8)
+    columns = (np.array(values)[:, None, None] for values in (mean, std))
+    pixels = ((images / 255 - next(columns)) / next(columns)).astype(np.float32)
+    drawn = pictures(pixels, preprocessing)
+    assert (drawn.shape, drawn.dtype) == ((2, 5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(drawn, np.broadcast_to(images.transpose(0, 2, 3, 1), drawn.shape))
 
 
 def test_unknown_colormap_is_refused_by_name():

@@ -4,17 +4,19 @@ import io
 
 import numpy as np
 import pytest
-from conftest import MEAN, STD, TORCHVISION_TRANSFORM, encode, scene_image
-from image_decoding import ImageLimits, decode_rgb, load_pixels, open_image
+from classifier_files import INTERPOLATIONS, Preprocessing
+from conftest import TORCHVISION_TRANSFORM, encode, scene_image
+from image_decoding import MODES, ImageLimits, decode_image, load_pixels, open_image
 from image_structure import MOST_JPEG_SCANS, ImageError, check_structure
 from malformed_images import jpeg_of_scans, png_of_size
 from PIL import Image, ImageCms, ImageOps
+from torchvision import transforms
 
-LIMITS = ImageLimits()
+LIMITS, DEFAULT = ImageLimits(), Preprocessing()
 
 
 def decode(file: bytes, limits: ImageLimits = LIMITS) -> Image.Image:
-    return decode_rgb(open_image(file, limits), limits)
+    return decode_image(open_image(file, DEFAULT, limits), "RGB", limits)
 
 
 GRADIENT_16_BIT = np.linspace(0, 65535, 300 * 280).reshape(300, 280).astype(np.uint16)
@@ -87,10 +89,52 @@ CASES = {
 def test_pixels_equal_torchvision(case):
     file, image = CASES[case]
     expected = TORCHVISION_TRANSFORM(image.convert("RGB"))
-    pixels = load_pixels(open_image(file, LIMITS), list(MEAN), list(STD), LIMITS)
+    pixels = load_pixels(open_image(file, DEFAULT, LIMITS), DEFAULT, LIMITS)
     assert pixels.shape == (3, 224, 224)
     # Float32 arithmetic in the same order: equal, but for a last bit.
     assert (pixels - expected).abs().max() <= 1e-5
+
+
+RULES = {
+    "128": Preprocessing(resize=146, crop=(128, 128)),
+    "299": Preprocessing(resize=342, crop=(299, 299), mean=(0.5,) * 3, std=(0.5,) * 3),
+    "384 without a margin": Preprocessing(resize=384, crop=(384, 384)),
+    "exact": Preprocessing(resize=(224, 224), crop=(224, 224)),
+    "exact, not square": Preprocessing(resize=(100, 180), crop=(96, 160)),
+    "not square": Preprocessing(resize=200, crop=(128, 192)),
+    "wider than some resized images": Preprocessing(resize=64, crop=(64, 181)),
+    **{name: Preprocessing(interpolation=name) for name in INTERPOLATIONS},
+    "grey": Preprocessing(mean=(0.5,), std=(0.25,)),
+    "grey, exact, bicubic": Preprocessing((28, 32), (28, 32), "bicubic", (0.5,), (0.25,)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ["jpeg", "png", "small", "grey with alpha", "cmyk", "16 bit", "exif"])
+def test_pixels_of_other_networks_equal_torchvision(rule, case):
+    preprocessing = RULES[rule]
+    file, image = CASES[case]
+    mode = transforms.InterpolationMode(preprocessing.interpolation)
+    expected = transforms.Compose(
+        [
+            transforms.Resize(preprocessing.resize, mode),
+            transforms.CenterCrop(preprocessing.crop),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )(image.convert("L" if preprocessing.channels == 1 else "RGB"))
+    pixels = load_pixels(open_image(file, preprocessing, LIMITS), preprocessing, LIMITS)
+    assert pixels.shape == preprocessing.input_shape
+    assert (pixels - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", MODES.values())
+def test_any_image_decodes_to_the_modes_of_inputs(case, mode):
+    file, _ = CASES[case]
+    image = decode_image(open_image(file, DEFAULT, LIMITS), mode, LIMITS)
+    assert image.mode == mode
 
 
 def test_exif_orientation_turns_the_image():
@@ -140,10 +184,31 @@ def test_jpegs_of_many_scans_are_refused_before_they_are_decoded(hider):
 def test_limits_are_the_servers(limits, message):
     decode(encode(SCENE), ImageLimits(max_pixels=300 * 300))
     with pytest.raises(ImageError, match=message):
-        open_image(encode(SCENE), limits)
+        open_image(encode(SCENE), DEFAULT, limits)
 
 
 def test_long_thin_images_are_refused_where_resizing_them_would_take_too_much():
     decode(encode(SCENE.resize((700, 1))))
     with pytest.raises(ImageError, match="1 x 800 pixels; its long side must be at most 762 times its short side"):
-        open_image(png_of_size(1, 800), LIMITS)
+        open_image(png_of_size(1, 800), DEFAULT, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "ratio"),
+    [
+        (DEFAULT, 762),
+        (Preprocessing(resize=384, crop=(384, 384)), 339),
+        (Preprocessing(resize=100, crop=(100, 500)), 1000),  # a tall image gets a border, 500 pixels wide
+    ],
+    ids=["224", "384", "a border"],
+)
+def test_the_longest_side_follows_from_the_resizing(preprocessing, ratio):
+    open_image(png_of_size(ratio, 1), preprocessing, LIMITS)
+    with pytest.raises(ImageError, match=f"its long side must be at most {ratio} times its short side"):
+        open_image(png_of_size(1, ratio + 1), preprocessing, LIMITS)
+
+
+def test_an_exact_size_takes_any_ratio():
+    preprocessing = Preprocessing(resize=(224, 224))
+    file = encode(SCENE.resize((5000, 1)))
+    assert load_pixels(open_image(file, preprocessing, LIMITS), preprocessing, LIMITS).shape == (3, 224, 224)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from path_baselines import BLUR_KERNEL_SIZE, BLUR_SIGMA, Baselines
+from path_baselines import Baselines, blur
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torchvision.transforms.functional import normalize, to_tensor
+from torchvision.transforms.functional import gaussian_blur, normalize, to_tensor
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BASELINES = Baselines(MEAN, STD)
@@ -17,7 +17,11 @@ NAMES = ("zero", "black", "gray", "white", "blur", "noise")
 
 
 def pixels(size: int = 64, seed: int = 0) -> Tensor:
-    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
+    return random(3, size, size, seed=seed)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,17 +59,44 @@ def test_a_constant_baseline_depends_on_the_shape_alone(name: str) -> None:
     assert BASELINES.make(name, pixels(8)).unique(dim=2).shape == (3, 8, 1)
 
 
-def test_blur_is_a_gaussian_filter_of_the_image() -> None:
-    image = pixels()
-    radius = BLUR_KERNEL_SIZE // 2
+@pytest.mark.parametrize(
+    ("shape", "sigma", "radius"),
+    [
+        ((3, 224, 224), 10, 30),
+        ((3, 448, 448), 20, 60),
+        ((3, 112, 160), 5, 15),
+        ((1, 200, 56), 2.5, 8),
+    ],
+    ids=str,
+)
+def test_blur_is_a_gaussian_filter_that_grows_with_the_shorter_side(shape, sigma: float, radius: int) -> None:
+    image = random(*shape)
     expected = np.stack(
-        [
-            gaussian_filter(channel, BLUR_SIGMA, mode="mirror", radius=radius)
-            for channel in image.numpy().astype(np.float64)
-        ]
+        [gaussian_filter(channel, sigma, mode="mirror", radius=radius) for channel in image.numpy().astype(np.float64)]
     )
-    # Sums of 61 products in float32, twice.
+    # Sums of 121 products in float32 at most, twice.
     np.testing.assert_allclose(BASELINES.make("blur", image), expected, rtol=0, atol=1e-6)
+
+
+def test_blur_at_224_is_by_exactly_10_pixels() -> None:
+    image = pixels(224)
+    assert torch.equal(blur(image), gaussian_blur(image, [61, 61], [10.0, 10.0]))
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 97, 128, 299, 384])
+def test_blur_takes_any_size(size: int) -> None:
+    assert blur(random(1, size, size + 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grey_images_have_baselines_too(name: str) -> None:
+    image = random(1, 28, 40)
+    assert Baselines((0.5,), (0.25,)).make(name, image).shape == image.shape
+
+
+def test_a_grey_images_colours_are_those_of_its_normalisation() -> None:
+    grey = Baselines((0.5,), (0.25,))
+    assert [grey.make(name, random(1, 2, 2))[0, 0, 0].item() for name in ("black", "gray", "white")] == [-2, 0, 2]
 
 
 def test_blur_keeps_the_colour_of_a_plain_image() -> None:
@@ -75,8 +106,8 @@ def test_blur_keeps_the_colour_of_a_plain_image() -> None:
 
 
 def test_blur_hides_what_is_smaller_than_its_kernel() -> None:
-    image = torch.zeros(3, 64, 64)
-    image[:, 30:34, 30:34] = 1
+    image = torch.zeros(3, 224, 224)
+    image[:, 110:114, 110:114] = 1
     # The middle of a Gaussian of sigma 10 holds 16 / (2 pi 100) of what lies there, a quarter of a tenth.
     assert BASELINES.make("blur", image).max() < 0.03
 

@@ -46,7 +46,6 @@ from tqdm import tqdm
 
 from tools.classifiers.loading import load_source
 from tools.evaluation.measuring import (
-    SHAPE,
     default_device,
     describe_machine,
     explain,
@@ -163,7 +162,7 @@ class Contestants:
 
     def jobs(self, steps: Sequence[int]) -> list[Job]:
         """One job for each image, with ``steps`` in order."""
-        baseline = torch.zeros(SHAPE, device=self.device)
+        baseline = torch.zeros_like(self.images[0])
         return [
             Job(image, baseline, target, n, image_logits=logits, baseline_key="zero")
             for image, target, n, logits in zip(self.images, self.targets.tolist(), steps, self.logits)

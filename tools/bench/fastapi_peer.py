@@ -28,10 +28,10 @@ model = source.module.eval().to(device)
 integrated_gradients = IntegratedGradients(model)
 transform = transforms.Compose(
     [
-        transforms.Resize(256),
-        transforms.CenterCrop(224),
+        transforms.Resize(source.preprocessing.resize),
+        transforms.CenterCrop(source.preprocessing.crop),
         transforms.ToTensor(),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        transforms.Normalize(source.preprocessing.mean, source.preprocessing.std),
     ]
 )
 

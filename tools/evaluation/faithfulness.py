@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from path_baselines import blur
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
-# A deleted pixel is replaced by that of the blurred image, with which insertion curves begin.
-BLUR_SIGMA = 10.0
-BLUR_KERNEL_SIZE = 61
 POINTS = 29  # steps of 1/28 of the pixels, 1,792 of 224 x 224
 
 
@@ -37,13 +34,15 @@ class Curves:
 def curves(network: Callable[[Tensor], Tensor], image: Tensor, saliency: Tensor, target: int) -> Curves:
     """Delete the most salient pixels from an image, and insert them into a blurred one.
 
+    A deleted pixel is replaced by that of the blurred image, with which insertion curves begin.
+
     Args:
-        network: images [n, 3, height, width] -> logits [n, classes].
-        image: float32 [3, height, width].
+        network: images [n, channels, height, width] -> logits [n, classes].
+        image: float32 [channels, height, width].
         saliency: [height, width].
         target: class whose probability the curves show.
     """
-    blurred = gaussian_blur(image, [BLUR_KERNEL_SIZE] * 2, [BLUR_SIGMA] * 2)
+    blurred = blur(image)
     ranks = torch.empty(saliency.numel(), dtype=torch.long, device=image.device)
     ranks[saliency.flatten().argsort(descending=True)] = torch.arange(saliency.numel(), device=image.device)
     counts = torch.linspace(0, saliency.numel(), POINTS, device=image.device)

@@ -19,12 +19,12 @@ def integrands(engine: AttributionEngine, image: Tensor, target: int, nodes: Ten
 
     Args:
         engine: of the network; its ``max_rows`` bounds a chunk.
-        image: [3, height, width].
+        image: [channels, height, width].
         target: class whose logit and probability are explained.
         nodes: places on [0, 1], float64 [n].
 
     Yields:
-        For each output, gradients times the image at the nodes of a chunk, [m, 3, height, width].
+        For each output, gradients times the image at the nodes of a chunk, [m, channels, height, width].
     """
     images = image[None]
     for by_output in _feature_gradients(engine, image, target, nodes):
@@ -36,7 +36,11 @@ def integrands(engine: AttributionEngine, image: Tensor, target: int, nodes: Ten
 
 @torch.no_grad()
 def integrate(engine: AttributionEngine, image: Tensor, target: int, points: int) -> dict[str, Tensor]:
-    """The integral for each output by a midpoint rule of ``points`` points, added up in float64: [3, height, width]."""
+    """The integral for each output, by a midpoint rule added up in float64.
+
+    Returns:
+        Output -> float64 [channels, height, width].
+    """
     nodes = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     totals: dict[str, Tensor] = {}
     for by_output in _feature_gradients(engine, image, target, nodes):

@@ -52,7 +52,7 @@ def peak_inside(saliency: np.ndarray, mask: np.ndarray) -> bool:
 
 def explain_scene(client: ExplainClient, index: int) -> tuple[Scene, Explanation]:
     """Scene ``index`` of the test split, and the server's explanation of it."""
-    # At 256 pixels `preprocess` resizes nothing and crops the centre, so masks stay aligned to the pixel.
+    # For this network `preprocess` resizes nothing at 256 pixels and crops the centre: masks stay aligned to the pixel.
     scene = draw_scene("test", index, size=256)
     return scene, client.explain(encode(Image.fromarray(scene.image)))
 
@@ -76,8 +76,9 @@ def main() -> None:
             for scene, explanation in pool.map(lambda index: explain_scene(client, index), indices):
                 if explanation.predictions[0].index != scene.label:
                     continue
-                mask = dilate(center_crop(torch.from_numpy(scene.mask), 224).numpy(), DILATION)
                 assert explanation.saliency is not None
+                seen_mask = center_crop(torch.from_numpy(scene.mask), list(explanation.saliency.shape))
+                mask = dilate(seen_mask.numpy(), DILATION)
                 shares.append(share_inside(explanation.saliency, mask))
                 peaks.append(peak_inside(explanation.saliency, mask))
                 mask_shares.append(mask.mean())

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
+from classifier_files import Preprocessing
 from engine_loading import build_engine
 from path_density import FILE_NAME, PathDensity
 from torch import Tensor
 
 from tools.export import read_manifest, repository_with
-
-SHAPE = (3, 224, 224)
 
 
 def model_file(network: str = "shapes") -> Path:
@@ -45,7 +44,8 @@ def load_engine(device: torch.device, precision: str, max_rows: int = 0, network
     """The engine as `integrated_gradients` loads it, with the network's calibration."""
     file, manifest = model_file(network), load_manifest(network)
     density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
-    return build_engine(file, device, SHAPE, max_rows, precision, density)
+    shape = Preprocessing.from_manifest(manifest["preprocessing"]).input_shape
+    return build_engine(file, device, shape, max_rows, precision, density)
 
 
 def explain(engine: AttributionEngine, jobs: Sequence[Job], **options: Any) -> list[Explanation]:

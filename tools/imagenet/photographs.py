@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from classifier_files import Preprocessing
+from image_decoding import MODES, to_pixels
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional
 
 # Least share of a photograph's area in a crop, and largest ratio of a crop's sides.
 LEAST_AREA, WIDEST = 0.25, 4 / 3
@@ -107,9 +107,8 @@ def crops(photographs: Sequence[Photograph], count: int) -> Iterator[tuple[str, 
 
 
 def view(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """The network's input for an RGB image, float32 [3, height, width], as `preprocess` makes it."""
-    resized = functional.center_crop(functional.resize(image, preprocessing.resize), preprocessing.crop)
-    return functional.normalize(functional.to_tensor(resized), preprocessing.mean, preprocessing.std)
+    """The network's input for an RGB image, float32 [channels, height, width], as `preprocess` makes it."""
+    return to_pixels(image.convert(MODES[preprocessing.channels]), preprocessing)
 
 
 def _crop(image: Image.Image, generator: np.random.Generator) -> Image.Image:

@@ -198,7 +198,7 @@ class TritonPythonModel:
             yield self._outputs(stream, pixels, accumulator.take(answers, level, is_last)), is_last
 
     def _predict(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels [n, 3, height, width], logits and probabilities [n, classes], and explained classes [n, 1]."""
+        """Pixels [n, channels, height, width], logits and probabilities [n, classes], and explained classes [n, 1]."""
         pixels = self._ask(stream, "preprocess", {"IMAGE": stream.images}, ("PIXELS",))["PIXELS"]
         stream.images = None  # frees the files, which may be large, while the stream waits for its turns
         classified = self._ask(stream, "classifier", {"INPUT__0": pixels}, ("OUTPUT__0", "OUTPUT__1"))

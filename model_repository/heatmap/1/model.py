@@ -14,9 +14,9 @@ import triton_python_backend_utils as pb_utils
 # The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
-from classifier_files import ClassifierFiles
+from classifier_files import ClassifierFiles, pixels_shape
 from error_codes import triton_error
-from heatmap_drawing import draw_heatmap
+from heatmap_drawing import draw_heatmap, pictures
 from heatmap_parameters import parse_parameters
 from request_parameters import ParameterError
 
@@ -27,12 +27,10 @@ class TensorError(ValueError):
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        settings = {name: value["string_value"] for name, value in parameters.items()}
+        config = json.loads(args["model_config"])
+        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
-        self.mean, self.std = (
-            np.array(values, np.float32).reshape(3, 1, 1) for values in files.normalisation(settings)
-        )
+        self.preprocessing = files.preprocessing(settings, pixels_shape(config))
         self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
 
     def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
@@ -59,9 +57,6 @@ class TritonPythonModel:
         for name, values in (("PIXELS", pixels), ("RELEVANCE", relevance)):
             if not np.isfinite(values).all():
                 raise TensorError(f"{name} must be finite")
-        images = np.clip(np.round(255 * (pixels * self.std + self.mean)), 0, 255).astype(np.uint8)
-        files = [
-            draw_heatmap(np.ascontiguousarray(image.transpose(1, 2, 0)), map_, parameters)
-            for image, map_ in zip(images, relevance)
-        ]
+        images = pictures(pixels, self.preprocessing)
+        files = [draw_heatmap(image, map_, parameters) for image, map_ in zip(images, relevance)]
         return np.array(files, np.object_)[:, None]

@@ -35,7 +35,7 @@ class Work:
     """One valid request.
 
     Attributes:
-        pixels: float32 [n, 3, height, width].
+        pixels: float32 [n, channels, height, width].
         logits: float32 [n, classes].
         targets: explained classes, resolved.
         parameters: the request's.

@@ -1,14 +1,20 @@
-"""The classifier's file and the normalisation of its pixels."""
+"""The classifier's file, and how images become its input."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+class PreprocessingError(ValueError):
+    """The classifier's manifest, the model's config and its settings do not fit; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Preprocessing:
     Attributes:
         resize: pixels of the shorter side, or (height, width) exactly.
         crop: (height, width) of the classifier's input.
-        interpolation: of the resizing: nearest, bilinear, bicubic or lanczos.
+        interpolation: of the resizing, one of ``INTERPOLATIONS``.
         mean, std: one value for each channel, of values in [0, 1]. One channel is grey, three are RGB.
     """
 
@@ -36,10 +42,45 @@ class Preprocessing:
             values[name] = tuple(written[name]) if isinstance(written[name], list) else written[name]
         return cls(**values)
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str], input_shape: Sequence[int]) -> Preprocessing:
+        """Read a model's settings: comma-separated numbers.
+
+        Args:
+            settings: ``mean``, ``std`` and optionally ``resize`` (one number or two) and ``interpolation``.
+            input_shape: [channels, height, width] of the classifier's input.
+
+        Raises:
+            PreprocessingError: a setting is no such number, or ``resize`` is less than the input.
+        """
+        channels, *crop = input_shape
+        mean, std = (_numbers(settings, name, float, (channels,)) for name in ("mean", "std"))
+        resize: int | tuple[int, int] = cls.resize
+        if "resize" in settings:
+            sides = _numbers(settings, "resize", int, (1, 2))
+            resize = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+            least = [min(crop)] if len(sides) == 1 else crop
+            if any(side < size for side, size in zip(sides, least)):
+                raise PreprocessingError(
+                    f"the setting resize must be at least the input of {_shown(crop)}, not {settings['resize']!r}"
+                )
+        return cls(resize, (crop[0], crop[1]), settings.get("interpolation", cls.interpolation), mean, std)
+
+    @property
+    def channels(self) -> int:
+        """Of the classifier's input: 1 is grey, 3 are RGB."""
+        return len(self.mean)
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """[channels, height, width] of the classifier's input."""
-        return len(self.mean), *self.crop
+        return self.channels, *self.crop
+
+
+def pixels_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """[channels, height, width] of the tensor ``PIXELS`` in a model's config."""
+    tensors = (*config["input"], *config["output"])
+    return tuple(int(size) for size in next(tensor["dims"] for tensor in tensors if tensor["name"] == "PIXELS"))
 
 
 @dataclass(frozen=True)
@@ -63,15 +104,54 @@ class ClassifierFiles:
         """Checksum of the TorchScript file; empty if there is none."""
         return hashlib.sha256(self.model.read_bytes()).hexdigest() if self.model.is_file() else ""
 
-    def normalisation(self, settings: Mapping[str, str]) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation, one value for each channel.
+    def preprocessing(self, settings: Mapping[str, str], input_shape: Sequence[int]) -> Preprocessing:
+        """How images become the classifier's input.
 
-        They come from the manifest that `tools/export` writes. For any other TorchScript file they come from
-        ``settings``, where ``mean`` and ``std`` are comma-separated numbers.
+        It comes from the manifest that `tools/export` writes. For any other TorchScript file it comes from the
+        settings and the input's shape in the config of the model that asks.
+
+        Args:
+            settings: of the model that asks, see ``Preprocessing.from_settings``.
+            input_shape: [channels, height, width] of ``PIXELS`` in its config.
+
+        Raises:
+            PreprocessingError: the manifest is for another shape, or a setting or the manifest cannot be served.
         """
-        manifest = self.folder / "manifest.json"
-        written = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        is_of_model = self.sha256 and written.get("model_sha256") == self.sha256
-        own = written["preprocessing"] if is_of_model else {}
-        mean, std = (own.get(name) or [float(value) for value in settings[name].split(",")] for name in ("mean", "std"))
-        return mean, std
+        file = self.folder / "manifest.json"
+        manifest = json.loads(file.read_text()) if file.is_file() else {}
+        if self.sha256 and manifest.get("model_sha256") == self.sha256:
+            preprocessing = Preprocessing.from_manifest(manifest["preprocessing"])
+            if preprocessing.input_shape != tuple(input_shape):
+                raise PreprocessingError(
+                    f"{file} is for an input of {_shown(preprocessing.input_shape)}, but PIXELS in this model's "
+                    f"config.pbtxt are {_shown(input_shape)}; python -m tools.export writes both"
+                )
+        else:
+            preprocessing = Preprocessing.from_settings(settings, input_shape)
+        if preprocessing.channels not in (1, 3):
+            raise PreprocessingError(f"the input must have 1 channel (grey) or 3 (RGB), not {preprocessing.channels}")
+        if preprocessing.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise PreprocessingError(f"interpolation must be one of {known}, not {preprocessing.interpolation!r}")
+        return preprocessing
+
+
+def _numbers(settings: Mapping[str, str], name: str, kind: type, counts: Sequence[int]) -> tuple[Any, ...]:
+    """Comma-separated numbers of a setting, as many as one of ``counts``.
+
+    Raises:
+        PreprocessingError: they are no numbers, or not as many.
+    """
+    try:
+        numbers = tuple(kind(number) for number in settings[name].split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in counts:
+        wanted = " or ".join(map(str, counts))
+        what = {int: "integers", float: "numbers"}[kind]
+        raise PreprocessingError(f"the setting {name} must be {wanted} comma-separated {what}, not {settings[name]!r}")
+    return numbers
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from attribution_metrics import AttributionMetrics
 from attribution_parameters import Limits
 from attribution_request import Reply, RequestReader, TensorError, Work, response_outputs
 from circuit_breaker import CircuitBreaker
-from classifier_files import ClassifierFiles
+from classifier_files import ClassifierFiles, pixels_shape
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
 from metric_families import metric_family
@@ -60,7 +61,8 @@ class TritonPythonModel:
             os.nice(int(settings["cpu_niceness"]))
             if threads := int(settings["cpu_threads"]):
                 torch.set_num_threads(threads)
-        shape = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "PIXELS")
+        preprocessing = files.preprocessing(settings, pixels_shape(config))
+        shape = preprocessing.input_shape
         density, uncalibrated = None, ""
         try:
             density = PathDensity.load(files.folder / FILE_NAME, files.sha256)
@@ -73,7 +75,7 @@ class TritonPythonModel:
             _count_classes(self.engine, shape, self.device),
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
-            Baselines(*files.normalisation(settings)),
+            Baselines(preprocessing.mean, preprocessing.std),
             uncalibrated,
         )
         self.hold_seconds = float(settings["hold_seconds"])
@@ -206,7 +208,7 @@ class TritonPythonModel:
             self.metrics.observe("compute_seconds", explanation.seconds, method=method)
 
 
-def _count_classes(engine: AttributionEngine, shape: list[int], device: torch.device) -> int:
+def _count_classes(engine: AttributionEngine, shape: Sequence[int], device: torch.device) -> int:
     """Number of classes, from the network's output."""
     with torch.no_grad():
         example = engine.network(torch.zeros(1, *shape, device=device))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
 # The blur keeps the scene's colours and removes its shapes: at 224 pixels, sigma 10 hides anything under 20 pixels.
-BLUR_SIGMA = 10.0
-BLUR_KERNEL_SIZE = 61
+# Images of other sizes are blurred by the same share of their shorter side.
+BLUR_SHARE = 10 / 224
+# The kernel reaches so many sigmas to each side.
+BLUR_REACH = 3
 
 _PIXEL_VALUES = {"black": 0.0, "gray": 0.5, "white": 1.0}
+
+
+def blur(pixels: torch.Tensor) -> torch.Tensor:
+    """An image [channels, height, width], Gaussian-blurred by ``BLUR_SHARE`` of its shorter side."""
+    sigma = BLUR_SHARE * min(pixels.shape[-2:])
+    kernel_size = 2 * round(BLUR_REACH * sigma) + 1
+    return gaussian_blur(pixels, [kernel_size] * 2, [sigma] * 2)
 
 
 class Baselines:
@@ -17,7 +28,7 @@ class Baselines:
 
     CONSTANT = ("zero", *_PIXEL_VALUES)
 
-    def __init__(self, mean: list[float], std: list[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self._mean = torch.tensor(mean).view(-1, 1, 1)
         self._std = torch.tensor(std).view(-1, 1, 1)
 
@@ -37,7 +48,7 @@ class Baselines:
         if name == "zero":
             return torch.zeros_like(pixels)
         if name == "blur":
-            return gaussian_blur(pixels, [BLUR_KERNEL_SIZE] * 2, [BLUR_SIGMA] * 2)
+            return blur(pixels)
         if name == "noise":
             return torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
         mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)

@@ -2,7 +2,9 @@
 
 ``open_image`` and ``load_pixels`` together equal, on the decoded image,
 
-    Compose([Resize(256), CenterCrop(224), ToTensor(), Normalize(mean, std)])
+    Compose([Resize(resize, interpolation), CenterCrop(crop), ToTensor(), Normalize(mean, std)])
+
+with the values of a ``Preprocessing``.
 
 Files come from strangers: their cost is read from structure and header, and too much is refused before decoding.
 """
@@ -16,13 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from classifier_files import Preprocessing
 from image_structure import ImageError, check_structure
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
-RESIZED_SIDE = 256
-CROPPED_SIDE = 224
 FORMATS = ("JPEG", "PNG", "WEBP")
+# Pillow's mode of an image, by the channels of the classifier's input.
+MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,13 @@ class ImageLimits:
     max_request_pixels: int = 100_000_000
 
 
-def open_image(encoded: bytes, limits: ImageLimits) -> Image.Image:
+def open_image(encoded: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> Image.Image:
     """Open a JPEG, PNG or WebP file without decoding its pixels.
+
+    Args:
+        encoded: the file.
+        preprocessing: what ``load_pixels`` will do to it; its resizing must keep within the limits.
+        limits: of the server.
 
     Raises:
         ImageError: the bytes are not such a file, or it is beyond the limits.
@@ -57,38 +65,53 @@ def open_image(encoded: bytes, limits: ImageLimits) -> Image.Image:
         raise ImageError(f"IMAGE has {size}")
     if width * height > limits.max_pixels:
         raise ImageError(f"IMAGE has {size}; at most {limits.max_pixels} in all are allowed")
-    if RESIZED_SIDE * RESIZED_SIDE * max(width, height) > limits.max_pixels * min(width, height):
-        ratio = limits.max_pixels // RESIZED_SIDE**2
+    square = _resized_square(preprocessing)
+    if square * max(width, height) > limits.max_pixels * min(width, height):
+        ratio = limits.max_pixels // square
         raise ImageError(f"IMAGE has {size}; its long side must be at most {ratio} times its short side")
     return image
 
 
-def load_pixels(image: Image.Image, mean: list[float], std: list[float], limits: ImageLimits) -> torch.Tensor:
+def _resized_square(preprocessing: Preprocessing) -> int:
+    """Pixels of a resized square image; others have them times the ratio of their sides. 0 if the size is exact.
+
+    Where a side of the crop is longer than that of the square, the border that the crop may add counts, too.
+    """
+    side = preprocessing.resize
+    return side * max(side, *preprocessing.crop) if isinstance(side, int) else 0
+
+
+def load_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> torch.Tensor:
     """Decode, orient, resize, crop and normalise one image.
 
     Args:
         image: returned by ``open_image``; decoded in place.
-        mean, std: per channel, for pixel values in [0, 1].
+        preprocessing: of the classifier.
         limits: named in messages.
 
     Returns:
-        float32 [3, 224, 224].
+        float32 [channels, height, width].
 
     Raises:
         ImageError: the file is broken.
     """
-    rgb = decode_rgb(image, limits)
-    rgb = functional.resize(rgb, RESIZED_SIDE)
-    rgb = functional.center_crop(rgb, CROPPED_SIDE)
-    return functional.normalize(functional.to_tensor(rgb), mean, std, inplace=True)
+    return to_pixels(decode_image(image, MODES[preprocessing.channels], limits), preprocessing)
 
 
-def decode_rgb(image: Image.Image, limits: ImageLimits) -> Image.Image:
-    """Decode an opened image to RGB, upright by its EXIF orientation.
+def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Resize, crop and normalise a decoded image of the right mode of ``MODES``; float32 [channels, height, width]."""
+    size = preprocessing.resize if isinstance(preprocessing.resize, int) else list(preprocessing.resize)
+    image = functional.resize(image, size, InterpolationMode(preprocessing.interpolation))
+    image = functional.center_crop(image, list(preprocessing.crop))
+    return functional.normalize(functional.to_tensor(image), preprocessing.mean, preprocessing.std, inplace=True)
 
-    Grey, CMYK and palette images are converted and alpha is dropped as ``Image.convert("RGB")`` does, which is what
-    torchvision's dataset loaders use; colour profiles are ignored, as there. 16-bit images keep their high byte, as
-    torchvision's ``to_dtype`` does. Only the first frame is used.
+
+def decode_image(image: Image.Image, mode: str, limits: ImageLimits) -> Image.Image:
+    """Decode an opened image to a mode of ``MODES``, upright by its EXIF orientation.
+
+    Other modes are converted and alpha is dropped as ``Image.convert`` does, which is what torchvision's dataset
+    loaders use; colour profiles are ignored, as there. 16-bit images keep their high byte, as torchvision's
+    ``to_dtype`` does. Only the first frame is used.
 
     Raises:
         ImageError: the file is broken.
@@ -98,7 +121,7 @@ def decode_rgb(image: Image.Image, limits: ImageLimits) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
 
 
 @contextmanager

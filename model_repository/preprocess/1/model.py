@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients"
 
 from attribution_parameters import read_parameters
 from circuit_breaker import CircuitOpenError, check_circuit
-from classifier_files import ClassifierFiles
+from classifier_files import ClassifierFiles, pixels_shape
 from error_codes import triton_error
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
@@ -37,10 +37,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        parameters = json.loads(args["model_config"])["parameters"]
-        settings = {name: value["string_value"] for name, value in parameters.items()}
+        config = json.loads(args["model_config"])
+        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
-        self.mean, self.std = files.normalisation(settings)
+        self.preprocessing = files.preprocessing(settings, pixels_shape(config))
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
@@ -79,7 +79,7 @@ class TritonPythonModel:
         )
 
     def _preprocess(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels float32 [n, 3, 224, 224] and targets int64 [n, 1] of a request."""
+        """Pixels float32 [n, channels, height, width] and targets int64 [n, 1] of a request."""
         files = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         if files.ndim != 2:  # Triton 2.51 drops the batch dimension of an empty batch
@@ -90,7 +90,7 @@ class TritonPythonModel:
             if parameters is not None:
                 check_circuit(os.getppid(), parameters)
         target = np.full((len(files), 1), -1, np.int64) if target is None else target.as_numpy()
-        images = self._for_each(lambda file: open_image(file, self.limits), files[:, 0])
+        images = self._for_each(lambda file: open_image(file, self.preprocessing, self.limits), files[:, 0])
         pixels = sum(image.width * image.height for image in images)
         if pixels > self.limits.max_request_pixels:
             most = self.limits.max_request_pixels
@@ -98,7 +98,7 @@ class TritonPythonModel:
         return np.stack(self._for_each(self._load, images)), target
 
     def _load(self, image: Image.Image) -> np.ndarray:
-        return load_pixels(image, self.mean, self.std, self.limits).numpy()
+        return load_pixels(image, self.preprocessing, self.limits).numpy()
 
     def _for_each(self, function: Callable, values: Sequence) -> list:
         """``function`` of each value; an ``ImageError`` gets the image's number."""
