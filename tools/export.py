@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classifier_files import Preprocessing
 from path_density import FILE_NAME
 
 from tools.classifiers.loading import NETWORKS, load_default, load_source, sha256_of
@@ -29,6 +30,7 @@ from tools.imagenet import lite0
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT
 from tools.torchscript.served_classifier import VerificationError, build_served, verify
+from tools.triton.config_shapes import write_configs
 
 # Files that `export` writes into a repository.
 EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
@@ -41,13 +43,16 @@ LABELLED_MODELS = ("classifier", "explain_stream")
 def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool = False) -> Path:
     """Write ``classifier/1/model.pt``, its manifest and the models' ``labels.txt``; returns the model's path.
 
+    Also writes the input's shape into the models' ``config.pbtxt`` where it is another.
+
     Args:
         source: the classifier to write.
         repository: the model repository to write to.
         automatic: nobody requested this network, so ``ensure_exported`` may replace it.
 
     Raises:
-        ExportError: the scripted model differs from the eager one. Nothing is written then.
+        ExportError: the scripted model differs from the eager one, or a ``config.pbtxt`` cannot be changed. Nothing is
+            written then.
     """
     path = repository / "classifier" / "1" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +80,9 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
             "versions": {name: version(name) for name in ("torch", "torchvision")},
             "exporter_sha256": _exporter_sha256(),
         }
+        # The model last: if it exists, so do its labels and its manifest, and the configs fit it.
+        write_configs(repository, source.preprocessing)
         _replace_calibration(source, path.parent, model_sha256)
-        # The model last: if it exists, so do its labels and its manifest.
         labels = "".join(f"{label}\n" for label in source.labels)
         for model in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
             (model / "labels.txt").write_text(labels)
@@ -88,6 +94,8 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
 def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = None) -> None:
     """Export a classifier into a repository if needed; never replaces one that a person exported there.
 
+    Its configs may be those of another classifier, from git or a copy; they get the shape of the manifest.
+
     Args:
         repository: the model repository.
         network: see ``load_source``; None: the exported one, or ``load_default`` if there is none.
@@ -96,6 +104,13 @@ def ensure_exported(repository: Path = MODEL_REPOSITORY, network: str | None = N
         ExportError: the classifier that a person exported lacks ``model.pt`` or is not ``network``, or ``network``
             cannot be exported.
     """
+    _export_if_needed(repository, network)
+    manifest = read_manifest(repository)
+    if manifest is not None:
+        write_configs(repository, Preprocessing.from_manifest(manifest.get("preprocessing", {})))
+
+
+def _export_if_needed(repository: Path, network: str | None) -> None:
     file = repository / "classifier" / "1" / "model.pt"
     manifest = read_manifest(repository)
     # Older manifests lack `automatic`; the network of drawn shapes was then exported automatically.

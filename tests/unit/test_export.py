@@ -6,19 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from classifier_files import Preprocessing
 from conftest import MEAN, STD, scene_pixels, untrained
+from torch import nn
 
 from tools import export
 from tools.classifiers import loading
 from tools.classifiers.loading import load_source
-from tools.classifiers.source import DownloadError, ExportError
+from tools.classifiers.source import DownloadError, ExportError, Source
 from tools.export import ensure_exported, read_manifest
 from tools.imagenet import lite0
-from tools.paths import ROOT
+from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.shapes.dataset import CLASSES
 
 
@@ -148,6 +151,78 @@ def test_a_missing_package_of_lite0_is_named(monkeypatch):
         ExportError, match="lite0: the package package-that-nobody-has, which carries the weights, is not installed"
     ):
         load_source("lite0")
+
+
+SMALL = Preprocessing(146, (128, 128), "bicubic")
+
+
+def tiny_source() -> Source:
+    """A classifier of images of 128 x 128 pixels."""
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    return Source(nn.Sequential(*layers).eval(), ["a", "b"], "tiny", "tiny", preprocessing=SMALL)
+
+
+def with_configs(repository: Path) -> Path:
+    """Copy the tracked configs of two models into a repository."""
+    for model in ("classifier", "preprocess"):
+        (repository / model).mkdir(parents=True, exist_ok=True)
+        shutil.copy(MODEL_REPOSITORY / model / "config.pbtxt", repository / model)
+    return repository
+
+
+def config(repository: Path, model: str) -> str:
+    return (repository / model / "config.pbtxt").read_text()
+
+
+def test_the_configs_get_the_networks_shape(tmp_path):
+    export.export(tiny_source(), with_configs(tmp_path))
+    assert read_manifest(tmp_path)["preprocessing"]["crop"] == [128, 128]
+    for model in ("classifier", "preprocess"):
+        assert "dims: [ 3, 128, 128 ]" in config(tmp_path, model)
+    assert 'value: { string_value: "146" }' in config(tmp_path, "preprocess")
+    assert 'value: { string_value: "bicubic" }' in config(tmp_path, "preprocess")
+
+
+def test_a_config_that_cannot_be_changed_stops_the_export(tmp_path):
+    with_configs(tmp_path)
+    (tmp_path / "classifier" / "config.pbtxt").write_text('input { name: "INPUT__0" dims: 3 dims: 224 dims: 224 }')
+    with pytest.raises(ExportError, match="has INPUT__0, but after it neither dims in brackets"):
+        export.export(tiny_source(), tmp_path)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"config.pbtxt"}
+    assert "128" not in config(tmp_path, "preprocess")
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_configs_that_were_restored_get_the_networks_shape_again(tmp_path, exports, monkeypatch, automatic):
+    folder = model_file(tmp_path).parent
+    folder.mkdir(parents=True)
+    model_file(tmp_path).write_bytes(b"a model")
+    manifest = {
+        "automatic": automatic,
+        "network": "lite0",
+        "weights": "lite0",
+        "weights_sha256": None,
+        "model_sha256": hashlib.sha256(b"a model").hexdigest(),
+        "exporter_sha256": "mine",
+        "preprocessing": asdict(SMALL),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(export, "_exporter_sha256", lambda: "mine")
+    for _ in range(2):
+        with_configs(tmp_path)
+        ensure_exported(tmp_path)
+        assert "dims: [ 3, 128, 128 ]" in config(tmp_path, "preprocess")
+    assert exports == []
+
+
+def test_the_configs_of_a_model_file_from_elsewhere_stay(tmp_path):
+    with_configs(tmp_path)
+    model_file(tmp_path).parent.mkdir(parents=True)
+    model_file(tmp_path).write_bytes(b"somebody's own")
+    edited = config(tmp_path, "preprocess").replace("[ 3, 224, 224 ]", "[ 3, 99, 99 ]")
+    (tmp_path / "preprocess" / "config.pbtxt").write_text(edited)
+    ensure_exported(tmp_path)
+    assert config(tmp_path, "preprocess") == edited
 
 
 @pytest.mark.parametrize("network", [None, "shapes"])
