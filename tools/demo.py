@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from explain_client import ExplainClient, View
+from explain_client.images import as_seen
 from tools.classifiers.source import ExportError
 from tools.export import describe_served, ensure_exported, read_manifest
 from tools.imagenet.photographs import DEMO
@@ -29,7 +31,7 @@ TOLERANCE = "0.05"
 MOST_STEPS = "200"
 SAMPLES = ("heart", "star", "ring", "cross", "crescent", "arrow", "triangle", "hexagon")
 FORMATS = ("jpg", "png", "webp")
-TILE = 224
+TILE = 224  # side of a picture, whatever the network's input
 CAPTION = 22
 COLUMNS = 4
 
@@ -56,25 +58,25 @@ def _draw_shapes(folder: Path) -> list[Path]:
     return paths
 
 
-def contact_sheet(images: list[Path], folder: Path) -> Path:
-    """Write one picture of all images beside their heatmaps; returns its path."""
+def contact_sheet(images: list[Path], folder: Path, view: View) -> Path:
+    """Write one picture of all images, as the classifier saw them, beside their heatmaps; returns its path."""
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * 2 * TILE, rows * (TILE + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, path in enumerate(images):
         left, top = (index % columns) * 2 * TILE, (index // columns) * (TILE + CAPTION)
-        with Image.open(path) as image:
-            # The part that the classifier sees: the central 224 of 256 pixels.
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        seen = ImageOps.fit(ImageOps.fit(upright, (256, 256)).crop((16, 16, 240, 240)), (TILE, TILE))
-        sheet.paste(seen, (left, top + CAPTION))
+        sheet.paste(_tile(as_seen(path.read_bytes(), view)), (left, top + CAPTION))
         with Image.open(folder / f"{path.stem}.heatmap.png") as heatmap:
-            sheet.paste(heatmap, (left + TILE, top + CAPTION))
+            sheet.paste(_tile(heatmap), (left + TILE, top + CAPTION))
         draw.text((left + 4, top + 4), path.name, fill="black", font=ImageFont.load_default(14))
     path = folder / "contact_sheet.png"
     sheet.save(path)
     return path
+
+
+def _tile(picture: Image.Image) -> Image.Image:
+    return ImageOps.pad(picture, (TILE, TILE), color="white")
 
 
 def main() -> None:
@@ -97,11 +99,13 @@ def main() -> None:
                 *("--report", str(REPORT)),
             ]
             code = subprocess.run([*command, *map(str, images)], check=False).returncode
+            if code:
+                sys.exit(code)
+            with ExplainClient(server.grpc_url) as client:
+                view = client.view()
     except (ServerError, ExportError) as error:
         sys.exit(f"demo: {error}")
-    if code:
-        sys.exit(code)
-    print(f"all of them in one picture: {contact_sheet(images, DEMO_OUTPUTS)}")
+    print(f"all of them in one picture: {contact_sheet(images, DEMO_OUTPUTS, view)}")
     print(f"with a slider and the numbers, for a browser: {REPORT}")
 
 

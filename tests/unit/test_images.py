@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from PIL import Image, ImageOps
+from scripted_server import Scripted, scripted_server
 from torchvision import transforms
+from tritonclient.grpc import model_config_pb2, service_pb2
 
-from explain_client.images import as_seen, encoded
+from explain_client import AsyncExplainClient, ExplainClient
+from explain_client.errors import ExplainError, UnavailableError
+from explain_client.images import DEFAULT_VIEW, View, as_seen, encoded
+from explain_client.protocol import read_view
+from tools.paths import MODEL_REPOSITORY
 
 TORCHVISION = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
 
@@ -99,6 +108,85 @@ def test_what_is_seen_is_torchvisions_centre_crop(size: tuple[int, int]) -> None
     seen = as_seen(file_of(image))
     assert (seen.mode, seen.size) == ("RGB", (224, 224))
     np.testing.assert_array_equal(np.asarray(seen), np.asarray(TORCHVISION(image)))
+
+
+@pytest.mark.parametrize("size", [(256, 256), (640, 427), (411, 260), (37, 53), (10, 300)], ids=str)
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(146, (128, 128)),
+        View(342, (299, 299)),
+        View(384, (384, 384), "bicubic"),
+        View((224, 224), (224, 224), "lanczos"),
+        View((100, 180), (96, 160), "nearest"),
+        View(64, (64, 181)),
+        View(28, (28, 28), channels=1),
+    ],
+    ids=str,
+)
+def test_what_is_seen_follows_the_servers_rule(size: tuple[int, int], view: View) -> None:
+    image = picture(*size)
+    mode = transforms.InterpolationMode(view.interpolation)
+    rule = transforms.Compose([transforms.Resize(view.resize, mode), transforms.CenterCrop(view.crop)])
+    seen = as_seen(file_of(image), view)
+    assert (seen.mode, seen.size) == ("RGB", view.crop[::-1])
+    expected = rule(image.convert("L" if view.channels == 1 else "RGB")).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(expected))
+
+
+def test_the_servers_rule_is_in_the_config_of_preprocess() -> None:
+    config = tracked_config()
+    assert read_view(config) == DEFAULT_VIEW
+    config.output[0].dims[:] = [1, 96, 160]
+    config.parameters["resize"].string_value = "100, 180"
+    config.parameters["interpolation"].string_value = "bicubic"
+    assert read_view(config) == View((100, 180), (96, 160), "bicubic", 1)
+    for name in ("resize", "interpolation"):  # as in older repositories
+        del config.parameters[name]
+    assert read_view(config) == View(256, (96, 160), "bilinear", 1)
+
+
+def test_a_config_without_images_is_an_error() -> None:
+    with pytest.raises(ExplainError, match="the server's model 'preprocess' has no images PIXELS"):
+        read_view(model_config_pb2.ModelConfig(name="preprocess"))
+
+
+def tracked_config() -> Any:
+    text = (MODEL_REPOSITORY / "preprocess" / "config.pbtxt").read_text()
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+class Configured(Scripted):
+    """Answers requests for a model's config."""
+
+    def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.requests += 1
+        if self.requests <= self.unavailable:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restricted")
+        assert request.name == "preprocess"
+        return service_pb2.ModelConfigResponse(config=tracked_config())
+
+
+def test_clients_ask_for_the_servers_rule_once() -> None:
+    async def views(url: str) -> list[View]:
+        async with AsyncExplainClient(url) as client:
+            return [await client.view() for _ in range(2)]
+
+    with scripted_server(0, Configured) as (servicer, url):
+        with ExplainClient(url) as client:
+            assert [client.view() for _ in range(2)] == [DEFAULT_VIEW] * 2
+        assert servicer.requests == 1
+        assert asyncio.run(views(url)) == [DEFAULT_VIEW] * 2
+        assert servicer.requests == 2
+
+
+def test_a_server_that_does_not_tell_its_rule_is_an_error() -> None:
+    with (
+        scripted_server(1, Configured) as (_, url),
+        ExplainClient(url) as client,
+        pytest.raises(UnavailableError, match="restricted"),
+    ):
+        client.view()
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import ExplainClient
 from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
+from explain_client.images import View
 from explain_client.results import Attribution, Classification, Explanation, Level, Prediction
 from explain_client.tensors import TensorAttribution, TensorClient
 
@@ -22,6 +23,7 @@ __all__ = [
     "TensorClient",
     "TimedOutError",
     "UnavailableError",
+    "View",
     "__version__",
 ]
 

@@ -13,8 +13,9 @@ from tritonclient.utils import InferenceServerException
 
 from explain_client.client import DEFAULT_URL, DEFAULT_WANT
 from explain_client.errors import ExplainError, from_stream, from_triton
-from explain_client.images import ImageSource
+from explain_client.images import ImageSource, View
 from explain_client.protocol import (
+    VIEW_MODEL,
     Call,
     ParameterValue,
     Wanted,
@@ -23,6 +24,7 @@ from explain_client.protocol import (
     read_explanation,
     read_predictions,
     read_response,
+    read_view,
 )
 from explain_client.results import Classification, Explanation, Level, Prediction
 from explain_client.retries import Attempts
@@ -38,6 +40,7 @@ class AsyncExplainClient:
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
         self._timeout, self._retries = timeout, retries
         self._triton = triton.InferenceServerClient(url)
+        self._view: View | None = None
 
     async def __aenter__(self) -> AsyncExplainClient:
         return self
@@ -110,6 +113,16 @@ class AsyncExplainClient:
                 if is_answered:  # responses that the caller has cannot be repeated
                     raise
                 await asyncio.sleep(attempts.delay_after(error))
+
+    async def view(self) -> View:
+        """See ``ExplainClient.view``."""
+        if self._view is None:
+            try:
+                answer = await self._triton.get_model_config(VIEW_MODEL, client_timeout=self._timeout)
+            except InferenceServerException as error:
+                raise from_triton(error) from error
+            self._view = read_view(answer.config)
+        return self._view
 
     async def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)

@@ -21,6 +21,7 @@ from explain_client.aio import AsyncExplainClient
 from explain_client.client import DEFAULT_URL, ExplainClient
 from explain_client.doctor import diagnose
 from explain_client.errors import ExplainError, UnavailableError
+from explain_client.images import DEFAULT_VIEW, View
 from explain_client.report import Report
 from explain_client.results import Classification, Explanation, Level, Prediction
 from explain_client.runs import STDIN, Outcome, Source, explain_all, find_sources
@@ -120,7 +121,7 @@ async def _explain(options: argparse.Namespace) -> int:
             except UnavailableError as error:
                 print(f"{options.url} cannot be reached: {error}; try explain doctor", file=sys.stderr)
                 return NO_SERVER
-            report = stack.enter_context(Report(options.report)) if options.report else None
+            report = stack.enter_context(Report(options.report, await _view(client))) if options.report else None
             output = _Output(options, report)
             bar = stack.enter_context(
                 tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
@@ -129,6 +130,15 @@ async def _explain(options: argparse.Namespace) -> int:
                 output.take(outcome)
                 bar.update()
     return _finish(options, output)
+
+
+async def _view(client: AsyncExplainClient) -> View:
+    """The server's view of images; if it keeps its models' configs to itself, the usual one."""
+    try:
+        return await client.view()
+    except ExplainError as error:
+        print(f"the server does not say how it crops images, so the report may show others: {error}", file=sys.stderr)
+        return DEFAULT_VIEW
 
 
 def _sources(options: argparse.Namespace) -> list[Source]:

@@ -12,8 +12,9 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from explain_client.errors import ExplainError, TimedOutError, from_stream, from_triton
-from explain_client.images import ImageSource
+from explain_client.images import ImageSource, View
 from explain_client.protocol import (
+    VIEW_MODEL,
     Call,
     ParameterValue,
     Wanted,
@@ -23,6 +24,7 @@ from explain_client.protocol import (
     read_explanation,
     read_predictions,
     read_response,
+    read_view,
 )
 from explain_client.results import Classification, Explanation, Level, Prediction
 from explain_client.retries import Attempts
@@ -51,6 +53,7 @@ class ExplainClient:
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
         self._url, self._timeout, self._retries = url, timeout, retries
         self._triton = triton.InferenceServerClient(url)
+        self._view: View | None = None
 
     def __enter__(self) -> ExplainClient:
         return self
@@ -105,6 +108,15 @@ class ExplainClient:
         If you leave the loop early, the rest is cancelled on the server. Arguments are those of ``explain``.
         """
         return self._stream(explain_call("explain_stream", image, target, top_k, want, parameters))
+
+    def view(self) -> View:
+        """The classifier's view of an image, for ``images.as_seen``: asked for once, then kept."""
+        if self._view is None:
+            try:
+                self._view = read_view(self._triton.get_model_config(VIEW_MODEL, client_timeout=self._timeout).config)
+            except InferenceServerException as error:
+                raise from_triton(error) from error
+        return self._view
 
     def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)

@@ -1,9 +1,10 @@
-"""Converts a caller's image to the bytes of a file."""
+"""Converts a caller's image to the bytes of a file, and a file to what the classifier sees of it."""
 
 from __future__ import annotations
 
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,8 +15,26 @@ from PIL import Image, ImageOps
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 PNG_MODES = ("1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA")
-# As in the server's `preprocess`: the short side is resized, the centre cropped.
-RESIZED_SIDE, CROPPED_SIDE = 256, 224
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of an image that the classifier sees, as the server's `preprocess` makes it.
+
+    Attributes:
+        resize: pixels of the shorter side, or (height, width) exactly.
+        crop: (height, width) of the centre that is cropped then.
+        interpolation: of the resizing: nearest, bilinear, bicubic or lanczos.
+        channels: 3, or 1 if the classifier sees grey images.
+    """
+
+    resize: int | tuple[int, int] = 256
+    crop: tuple[int, int] = (224, 224)
+    interpolation: str = "bilinear"
+    channels: int = 3
+
+
+DEFAULT_VIEW = View()
 
 
 def encoded(image: ImageSource) -> bytes:
@@ -47,15 +66,29 @@ def encoded(image: ImageSource) -> bytes:
     return Path(image).read_bytes()
 
 
-def as_seen(file: bytes) -> Image.Image:
-    """The classifier's view of an image file, RGB 224 x 224, to show beside its heatmap."""
+def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
+    """The classifier's view of an image file, RGB, as large as its heatmap, to show beside it.
+
+    Args:
+        file: the encoded image.
+        view: of the server's classifier: ``ExplainClient.view``.
+    """
     with Image.open(io.BytesIO(file)) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16 bits: the server keeps the high byte
         image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
-    image = image.convert("RGB")
-    short = min(image.size)  # sides and edges are rounded as in torchvision
-    size = (RESIZED_SIDE * image.width // short, RESIZED_SIDE * image.height // short)
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((side - CROPPED_SIDE) / 2) for side in image.size)
-    return image.crop((left, top, left + CROPPED_SIDE, top + CROPPED_SIDE))
+    image = image.convert("L" if view.channels == 1 else "RGB")
+    if isinstance(view.resize, int):  # sides and edges are rounded as in torchvision
+        short = min(image.size)
+        size = (view.resize * image.width // short, view.resize * image.height // short)
+    else:
+        size = (view.resize[1], view.resize[0])
+    image = image.resize(size, Image.Resampling[view.interpolation.upper()])
+    height, width = view.crop
+    left, top = _edge(image.width, width), _edge(image.height, height)
+    return image.crop((left, top, left + width, top + height)).convert("RGB")
+
+
+def _edge(side: int, cropped: int) -> int:
+    """Where the centre begins; below 0 if a black border is added."""
+    return round((side - cropped) / 2) if side >= cropped else -((cropped - side) // 2)

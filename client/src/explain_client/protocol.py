@@ -9,13 +9,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import tritonclient.grpc as triton
 
-from explain_client.images import ImageSource, encoded
+from explain_client.errors import ExplainError
+from explain_client.images import DEFAULT_VIEW, ImageSource, View, encoded
 from explain_client.results import Classification, Explanation, Level, Prediction
 
 ParameterValue: TypeAlias = str | int | float
 Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
 
-# A saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
+# At 224 x 224 pixels a saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
 TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
@@ -100,6 +101,27 @@ def read_response(result: triton.InferResult, milliseconds: float) -> Classifica
         explained = int(result.as_numpy("EXPLAINED_CLASS")[0, 0])
         return Classification(read_predictions(result), explained, milliseconds)
     return Level(**_attribution(result, milliseconds), is_last=is_final(result))
+
+
+# The model whose config has what ``read_view`` reads.
+VIEW_MODEL = "preprocess"
+
+
+def read_view(config: Any) -> View:
+    """The classifier's view of an image, from the config of ``VIEW_MODEL``, a ``ModelConfig`` of Triton's.
+
+    Raises:
+        ExplainError: the config is that of another model.
+    """
+    dims = {tensor.name: tensor.dims for tensor in config.output}
+    if len(dims.get("PIXELS", ())) != 3:
+        raise ExplainError(f"the server's model {VIEW_MODEL!r} has no images PIXELS: serve this project's repository")
+    channels, height, width = dims["PIXELS"]
+    settings = {name: parameter.string_value for name, parameter in config.parameters.items()}
+    sides = [int(side) for side in settings.get("resize", str(DEFAULT_VIEW.resize)).split(",")]
+    resize = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    interpolation = settings.get("interpolation", DEFAULT_VIEW.interpolation)
+    return View(resize, (height, width), interpolation, channels)
 
 
 def is_final(result: triton.InferResult) -> bool:

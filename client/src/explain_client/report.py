@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import TracebackType
 
-from explain_client.images import as_seen
+from explain_client.images import DEFAULT_VIEW, View, as_seen
 from explain_client.results import Explanation
 
 _PLACE = "<!-- items -->"
@@ -24,13 +24,14 @@ class Report:
 
     Args:
         path: file of the page; an existing one is replaced when the page is complete.
+        view: of the server's classifier, to show images as it sees them.
 
     Raises:
         OSError: the page cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, view: View = DEFAULT_VIEW) -> None:
+        self._path, self._view = path, view
         self._count = 0
 
     def __enter__(self) -> Report:
@@ -62,7 +63,7 @@ class Report:
             f"{explanation.milliseconds:.0f} ms",
         ]
         seen = io.BytesIO()
-        as_seen(file).save(seen, "JPEG", quality=JPEG_QUALITY)
+        as_seen(file, self._view).save(seen, "JPEG", quality=JPEG_QUALITY)
         self._write(
             name,
             f'data-probability="{top.probability:.6f}" data-error="{error}" data-steps="{explanation.n_steps}" '

@@ -28,9 +28,9 @@ class Attribution:
         n_steps: gradient evaluations taken.
         error_estimate: estimated relative error of the attribution; NaN where the method gives none.
         milliseconds: from sending the request to this response.
-        saliency: float32 [224, 224], the attribution summed over channels; positive values support the class. None if
-            not requested.
-        attributions: float32 [3, 224, 224], per channel. None if not requested.
+        saliency: float32 [height, width], the attribution summed over channels; positive values support the class.
+            None if not requested.
+        attributions: float32 [channels, height, width], per channel. None if not requested.
         heatmap_png: the saliency drawn over the image as the model saw it, a PNG file. None if not requested.
     """
 

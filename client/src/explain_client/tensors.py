@@ -26,7 +26,7 @@ class TensorAttribution:
     """The answer of ``integrated_gradients`` for n images.
 
     Attributes:
-        attributions: float32 [n, 3, 224, 224].
+        attributions: float32 [n, channels, height, width].
         explained_classes: int64 [n].
         convergence_deltas, error_estimates: float32 [n]; the latter NaN where the method gives none.
         n_steps: int32 [n].
@@ -82,7 +82,7 @@ class TensorClient:
         self._triton.close()
 
     def classify(self, pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Logits and probabilities, float32 [n, classes], of normalised pixels, float32 [n, 3, 224, 224]."""
+        """Logits and probabilities, float32 [n, classes], of normalised float32 pixels [n, channels, height, width]."""
         result = self._infer("classifier", [self._shared_input("INPUT__0", pixels)], ["OUTPUT__0", "OUTPUT__1"], {})
         return result.as_numpy("OUTPUT__0"), result.as_numpy("OUTPUT__1")
 
@@ -96,7 +96,7 @@ class TensorClient:
         """The attributions of normalised pixels.
 
         Args:
-            pixels: float32 [n, 3, 224, 224].
+            pixels: float32 [n, channels, height, width].
             logits: float32 [n, classes], from ``classify`` for these pixels.
             targets: class to explain of each image; None: the predicted ones.
             parameters: request parameters of the serving contract.
