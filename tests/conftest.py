@@ -71,7 +71,7 @@ def eager_model_float64() -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def served_module() -> torch.jit.ScriptModule:
     """The module that `tools/export` writes."""
-    return torch.jit.script(build_served(load_source("shapes").module)).eval()
+    return torch.jit.script(build_served(load_source("shapes").module, (3, 224, 224))).eval()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from classifier_files import Preprocessing
 from path_density import FILE_NAME
 
@@ -29,7 +28,13 @@ from tools.classifiers.source import DownloadError, ExportError, Source
 from tools.imagenet import lite0
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
 from tools.shapes.checkpoint import DEMO_CALIBRATION, DEMO_CHECKPOINT
-from tools.torchscript.served_classifier import VerificationError, build_served, verify
+from tools.torchscript.served_classifier import (
+    DiscreteGradientClassifier,
+    HoistableClassifier,
+    ScriptingError,
+    build_served,
+    script,
+)
 from tools.triton.config_shapes import write_configs
 
 # Files that `export` writes into a repository.
@@ -56,13 +61,13 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
     """
     path = repository / "classifier" / "1" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    scripted = torch.jit.script(build_served(source.module))
+    input_shape = source.preprocessing.input_shape
+    served = build_served(source.module, input_shape)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
-        scripted.save(str(written))
         try:
-            difference = verify(torch.jit.load(str(written)), source.module)
-        except VerificationError as error:
+            difference = script(served, source.module, input_shape, written)
+        except ScriptingError as error:
             raise ExportError(f"{error}; nothing was written") from None
         model_sha256 = sha256_of(written)
         manifest = {
@@ -73,8 +78,9 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
             "weights_sha256": source.sha256,
             "classes": len(source.labels),
             "model_sha256": model_sha256,
-            "hoistable": hasattr(scripted, "stem"),
-            "mean_slopes": hasattr(scripted, "mean_slope_tail"),
+            "hoistable": isinstance(served, HoistableClassifier),
+            "mean_slopes": isinstance(served, DiscreteGradientClassifier),
+            "limitation": served.limitation,
             "difference_from_eager": difference,
             "preprocessing": asdict(source.preprocessing),
             "versions": {name: version(name) for name in ("torch", "torchvision")},

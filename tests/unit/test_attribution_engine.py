@@ -240,7 +240,7 @@ def test_noise_samples_are_seeded_and_averaged(served_module):
 )
 def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
     model = untrained(architecture, 5)
-    served = torch.jit.script(build_served(model))
+    served = torch.jit.script(build_served(model, (3, 224, 224)))
     image = scene_pixels(0)
     # At zeros the layer norms of a vision transformer are singular, so its baseline is another image.
     baseline = scene_pixels(1) if architecture == "vit_b_16" else torch.zeros_like(image)

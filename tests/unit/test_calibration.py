@@ -18,7 +18,7 @@ from path_density import CalibrationError, PathDensity
 from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
 from tools.evaluation.integrals import integrate
 from tools.shapes.checkpoint import DEMO_CALIBRATION
-from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool, share_gradients
+from tools.torchscript.mean_slopes import MeanSlopeMaxPool, MeanSlopeRelu, share_gradients
 from tools.torchscript.served_classifier import build_served
 
 FLAT = torch.ones(1).double()
@@ -135,10 +135,10 @@ def job_of_one(module):
 
 @pytest.mark.parametrize(
     ("architecture", "has_mean_slopes"),
-    [("mobilenet_v2", True), ("squeezenet1_1", True), ("mobilenet_v3_small", False)],
+    [("mobilenet_v2", True), ("squeezenet1_1", True), ("mobilenet_v3_small", True), ("swin_t", False)],
 )
-def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mean_slopes):
-    module = torch.jit.script(build_served(untrained(architecture, 5)))
+def test_discrete_gradients_where_every_operator_has_one(architecture, has_mean_slopes):
+    module = torch.jit.script(build_served(untrained(architecture, 5), (3, 224, 224)))
     assert hasattr(module, "mean_slope_tail") == has_mean_slopes
     engine = AttributionEngine(module.double(), density=flat_density())
     image = scene_pixels(0).double()
@@ -156,14 +156,12 @@ def test_mean_slopes_where_every_layer_is_piecewise_linear(architecture, has_mea
 
 def test_mean_slopes_of_relu6_and_pooling_equal_those_of_many_points():
     """One cell against 4,000 points, in a network whose activations move on straight lines."""
-    from tools.torchscript.mean_slopes import MeanSlopeActivation, MeanSlopeMaxPool
-
     torch.manual_seed(0)
     start, end = 8 * torch.randn(2, 1, 3, 9, 9).double()
     for layer in (
-        MeanSlopeActivation(torch.nn.ReLU()),
-        MeanSlopeActivation(torch.nn.ReLU6()),
-        MeanSlopeMaxPool(torch.nn.MaxPool2d(2, 2)),
+        MeanSlopeRelu(),
+        MeanSlopeRelu(6.0),
+        MeanSlopeMaxPool([2, 2]),
     ):
         ends = torch.cat((start, end)).requires_grad_()
         values = layer(ends, torch.tensor([True, False]))
@@ -263,7 +261,7 @@ def test_mean_slopes_stay_finite_where_nothing_moves(dtype):
     torch.manual_seed(0)
     inputs = torch.randn(1, 2, 6, 6).relu().expand(3, 2, 6, 6).to(dtype).contiguous().requires_grad_()
     paired = torch.tensor([True, True, False])
-    activated = MeanSlopeActivation(torch.nn.ReLU())(inputs, paired)
+    activated = MeanSlopeRelu()(inputs, paired)
     values, places = torch.nn.functional.max_pool2d_with_indices(activated, 2)
     changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
     shared = share_gradients(activated, values, places, torch.arange(changes.numel()), changes)
@@ -280,7 +278,7 @@ def test_every_place_or_only_changed_ones_share_gradients_alike():
     changes = (places[:-1] != places[1:]).permute(0, 2, 3, 1).reshape(-1)
     assert 0 < changes.sum() < changes.numel()
     everywhere = share_gradients(inputs, values, places, torch.arange(changes.numel()), changes)
-    pool = MeanSlopeMaxPool(torch.nn.MaxPool2d(2))
+    pool = MeanSlopeMaxPool([2, 2])
     weights = torch.randn_like(values)
     (gradients,) = torch.autograd.grad((everywhere * weights).sum(), inputs)
     (expected,) = torch.autograd.grad((pool(inputs, paired) * weights).sum(), inputs)

@@ -137,8 +137,8 @@ def test_a_far_deadline_does_not_go_before_others(engine, fake_time):
 
 
 def test_networks_without_mean_slopes_keep_deadlines_too(monkeypatch):
-    engine = AttributionEngine(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5))))
-    assert not engine.network.has_mean_slopes
+    engine = AttributionEngine(torch.jit.script(build_served(untrained("mobilenet_v3_small", 5), (3, 224, 224))))
+    engine.network.has_mean_slopes = False
     fake_time = FakeTime(engine)
     fake_time.rule(monkeypatch)
     engine.clock.record([Pass(8, False)], 0.08)

@@ -1,4 +1,4 @@
-"""Piecewise linear networks whose gradients are means over a segment of a path instead of values at its points.
+"""Discrete gradients of functions of one variable and of max pooling, as modules that TorchScript can compile.
 
 If a network's input moves along a straight path, a ReLU's input moves nearly on a line from one evaluated point to the
 next. The mean of the ReLU's slope over that segment is then (f(next) - f(here)) / (next - here). DeepLIFT's rescale
@@ -8,56 +8,89 @@ network that is otherwise linear, gives a gradient whose product with the step i
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor, nn
 
-# Layers and functions that are linear, or only rearrange or drop values.
-LINEAR_LAYERS = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.BatchNorm2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Identity,
-    nn.ZeroPad2d,
-)
-LINEAR_FUNCTIONS = (
-    operator.add,
-    operator.iadd,
-    torch.add,
-    torch.cat,
-    torch.flatten,
-    nn.functional.adaptive_avg_pool2d,
-    nn.functional.avg_pool2d,
-)
+# Least change of a function's argument for which its mean slope is a quotient. The rounding of float32 is then 1e-5 of
+# the slope; with smaller changes the slope in the middle differs from the mean by less.
+LEAST_CHANGE = 0.01
+# For slopes at points; float64 rounds them by 1e-12.
+HALF_WIDTH = 5e-5
 
 
-class MeanSlopeActivation(nn.Module):
-    """A ReLU or ReLU6 whose slope in paired rows is the mean over the segment to the next row."""
+class MeanSlopeRelu(nn.Module):
+    """A ReLU, up to ``ceiling`` if that is positive, whose slope in paired rows is the mean over the segment."""
 
-    def __init__(self, activation: nn.ReLU | nn.ReLU6) -> None:
+    def __init__(self, ceiling: float = 0.0) -> None:
         super().__init__()
-        self.activation = activation
-        self.ceiling = 6.0 if isinstance(activation, nn.ReLU6) else 0.0
+        self.ceiling = ceiling
 
     def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
         """``inputs`` [n, ...]; ``paired`` bool [n]; None if no row is paired."""
         if paired is None:
-            return self.activation(inputs)
+            return self.values(inputs)
         here = inputs.detach()
         if here.dtype == torch.float16:  # float16 cannot represent the number that prevents 0 / 0
             here = here.float()
         slopes = _mean_relu_slopes(here, paired)
         if self.ceiling > 0:
             slopes -= _mean_relu_slopes(here - self.ceiling, paired)
-        return _with_value(inputs * slopes.to(inputs.dtype), self.activation(inputs.detach()))
+        return with_value(inputs * slopes.to(inputs.dtype), self.values(inputs.detach()))
+
+    def values(self, inputs: Tensor) -> Tensor:
+        """The values."""
+        return inputs.clamp(0.0, self.ceiling) if self.ceiling > 0 else inputs.relu()
 
 
-def _with_value(outputs: Tensor, values: Tensor) -> Tensor:
+class MeanSlopeFunction(nn.Module):
+    """Any function of one variable, whose slope in paired rows is the mean over the segment to the next row."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.least_change, self.half_width = LEAST_CHANGE, HALF_WIDTH
+
+    def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
+        """``inputs`` [n, ...]; ``paired`` bool [n]; None if no row is paired."""
+        if paired is None:
+            return self.function(inputs)
+        here = inputs.detach()
+        if here.dtype == torch.float16:  # its rounding would be a part of the differences
+            here = here.float()
+        is_image = here.dim() == 4  # in memory as channels_last
+        here = (here.permute(0, 2, 3, 1) if is_image else here).contiguous()
+        values = self.function(here)
+        slopes = torch.empty_like(here)
+        if inputs.is_cuda:  # all rows at once, and no shape that depends on the data: these operators are captured
+            is_paired = torch.cat((paired[:-1], paired[:1].logical_not())).view([-1] + [1] * (here.dim() - 1))
+            changes = torch.where(is_paired, here.roll(-1, 0) - here, 0.0)
+            quotients = (values.roll(-1, 0) - values) / changes
+            slopes = torch.where(changes.abs() < self.least_change, self.derivative(here + 0.5 * changes), quotients)
+        else:  # row by row, in the processor's cache
+            for row in range(len(here)):
+                if row + 1 < len(here) and bool(paired[row]):
+                    self.write_slopes(here[row], here[row + 1], values[row + 1] - values[row], slopes[row])
+                else:
+                    slopes[row] = self.derivative(here[row])
+        if is_image:
+            slopes, values = slopes.permute(0, 3, 1, 2), values.permute(0, 3, 1, 2)
+        return with_value(inputs * slopes.to(inputs.dtype), values)
+
+    def write_slopes(self, here: Tensor, following: Tensor, rises: Tensor, slopes: Tensor) -> None:
+        """Write the mean slopes between two rows into ``slopes``; ``rises`` are the changes of the values."""
+        changes = following - here
+        torch.div(rises, changes, out=slopes)
+        small = (changes.abs() < self.least_change).view(-1).nonzero()[:, 0]
+        middle = here.view(-1)[small] + 0.5 * changes.view(-1)[small]
+        slopes.view(-1).index_copy_(0, small, self.derivative(middle))
+
+    def derivative(self, points: Tensor) -> Tensor:
+        """The slope at points, as a central difference in float64."""
+        low, high = points.double() - self.half_width, points.double() + self.half_width
+        return ((self.function(high) - self.function(low)) / (2 * self.half_width)).to(points.dtype)
+
+
+def with_value(outputs: Tensor, values: Tensor) -> Tensor:
     """Overwrite the values of ``outputs`` but not their gradient; copies nothing that autograd saves."""
     outputs.detach().copy_(values)
     return outputs
@@ -81,11 +114,18 @@ class MeanSlopeMaxPool(nn.Module):
     Each gets the share of the segment on which it is the larger one.
     """
 
-    def __init__(self, pool: nn.MaxPool2d) -> None:
+    def __init__(
+        self,
+        kernel_size: list[int],
+        stride: list[int] | None = None,
+        padding: list[int] | None = None,
+        dilation: list[int] | None = None,
+        ceil_mode: bool = False,
+    ) -> None:
         super().__init__()
-        self.kernel_size, self.stride = _pair(pool.kernel_size), _pair(pool.stride)
-        self.padding, self.dilation = _pair(pool.padding), _pair(pool.dilation)
-        self.ceil_mode = pool.ceil_mode
+        self.kernel_size, self.stride = kernel_size, stride or kernel_size
+        self.padding, self.dilation = padding or [0, 0], dilation or [1, 1]
+        self.ceil_mode = ceil_mode
 
     def forward(self, inputs: Tensor, paired: Tensor | None) -> Tensor:
         """``inputs`` [n, channels, height, width]; ``paired`` bool [n]; None if no row is paired."""
@@ -100,11 +140,6 @@ class MeanSlopeMaxPool(nn.Module):
             return share_gradients(inputs, values, places, torch.arange(changes.numel(), device=inputs.device), changes)
         changed = changes.nonzero()[:, 0]
         return share_gradients(inputs, values, places, changed, changes[changed]) if len(changed) > 0 else values
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """A value for height and one for width."""
-    return (value, value) if isinstance(value, int) else value
 
 
 def share_gradients(
@@ -135,39 +170,3 @@ def share_gradients(
     moved = (following - leading) * share.to(values.dtype)
     shared = flat_values.index_add(0, at, moved - moved.detach())
     return shared.view(rows, height, width, channels).permute(0, 3, 1, 2)
-
-
-_REPLACEMENTS = {nn.ReLU: MeanSlopeActivation, nn.ReLU6: MeanSlopeActivation, nn.MaxPool2d: MeanSlopeMaxPool}
-
-
-def add_mean_slopes(network: torch.fx.GraphModule) -> bool:
-    """Add a second input, ``paired`` (bool [n], default None), to a traced network of one input.
-
-    Returns:
-        Whether it was added; not if the network has layers whose mean slopes are not known.
-    """
-    activations = []
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            layer = network.get_submodule(node.target)
-            if type(layer) in _REPLACEMENTS:
-                activations.append(node)
-            elif not isinstance(layer, LINEAR_LAYERS):
-                return False
-        elif node.op in ("call_method", "get_attr") or (
-            node.op == "call_function" and node.target not in LINEAR_FUNCTIONS
-        ):
-            return False
-    (features,) = (node for node in network.graph.nodes if node.op == "placeholder")
-    with network.graph.inserting_after(features):
-        paired = network.graph.placeholder("paired", type_expr=Tensor | None, default_value=None)
-    for number, node in enumerate(activations):
-        layer = network.get_submodule(node.target)
-        # One name for each call: a layer may be called more than once.
-        name = f"mean_slope_{number}"
-        network.add_submodule(name, _REPLACEMENTS[type(layer)](layer))
-        node.target, node.args, node.kwargs = name, (node.all_input_nodes[0], paired), {}
-    network.delete_all_unused_submodules()
-    network.graph.lint()
-    network.recompile()
-    return True

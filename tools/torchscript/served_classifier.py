@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.fx import Graph, GraphModule, Node
 
-from tools.torchscript import mean_slopes
+from tools.torchscript.discrete_gradients import add_discrete_gradients, dependents, is_affine, is_batch_first
+from tools.torchscript.exported_graph import TracingError, finish, trace
 
-# Layers that are affine functions of their input, whatever their weights.
-AFFINE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.Linear, nn.Identity, nn.ZeroPad2d)
+aten = torch.ops.aten
+
 # Largest difference from the eager model, relative to its largest logit; float32 rounding is about 1e-6.
 TOLERANCE = 1e-4
+# The same for gradients: an activation that is 0 but for rounding may pass its gradient in one of the two.
+GRADIENT_TOLERANCE = 0.05
 
 
-class VerificationError(Exception):
-    """The exported module differs from the eager one; the message says where."""
+class ScriptingError(Exception):
+    """A classifier cannot be written as TorchScript, or the file differs from it; the message says where."""
 
 
-class HoistableClassifier(nn.Module):
+class ServedClassifier(nn.Module):
+    """A classifier that returns (logits, probabilities).
+
+    Attributes:
+        limitation: why its gradients cannot be discrete gradients; empty if they can.
+    """
+
+    def __init__(self, limitation: str) -> None:
+        super().__init__()
+        self.limitation = limitation
+
+
+class PlainClassifier(ServedClassifier):
+    """A network that is used as it is."""
+
+    def __init__(self, network: nn.Module, limitation: str) -> None:
+        super().__init__(limitation)
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels float32 [n, channels, height, width] -> (logits, probabilities), each [n, classes]."""
+        logits = self.network(pixels)
+        return logits, logits.softmax(dim=1)
+
+
+class HoistableClassifier(ServedClassifier):
     """``tail(stem(pixels)) = logits``, with an affine stem."""
 
-    def __init__(self, stem: nn.Module, tail: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, stem: nn.Module, tail: nn.Module, limitation: str) -> None:
+        super().__init__(limitation)
         self.stem_layers = stem
         self.tail_layers = tail
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels float32 [n, 3, 224, 224] -> (logits, probabilities), each [n, classes]."""
+        """Pixels float32 [n, channels, height, width] -> (logits, probabilities), each [n, classes]."""
         logits = self.tail(self.stem(pixels))
         return logits, logits.softmax(dim=1)
 
@@ -45,8 +73,8 @@ class HoistableClassifier(nn.Module):
         return self.tail_layers(features)
 
 
-class PiecewiseLinearClassifier(HoistableClassifier):
-    """The same, for a network whose gradients can be means over segments of a path (`tools/torchscript`)."""
+class DiscreteGradientClassifier(HoistableClassifier):
+    """The same, for a network whose gradients can be discrete gradients over segments of a path."""
 
     @torch.jit.export
     def mean_slope_tail(self, features: Tensor, paired: Tensor) -> Tensor:
@@ -54,120 +82,179 @@ class PiecewiseLinearClassifier(HoistableClassifier):
         return self.tail_layers(features, paired)
 
 
-class PlainClassifier(nn.Module):
-    """A network that does not begin with layers known to be affine."""
+def build_served(module: nn.Module, input_shape: Sequence[int]) -> ServedClassifier:
+    """The module to script for a classifier of images [n, *input_shape]: without batch normalisation, and split.
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels float32 [n, 3, 224, 224] -> (logits, probabilities), each [n, classes]."""
-        logits = self.network(pixels)
-        return logits, logits.softmax(dim=1)
-
-
-def build_served(module: nn.Module) -> nn.Module:
-    """The module to script: batch norm folded, and split behind its affine layers if it begins with some."""
-    folded = fuse(module)
-    assert isinstance(folded, torch.fx.GraphModule)
-    layers: Iterable[Any] = folded.modules()
-    for layer in layers:
-        if hasattr(layer, "inplace"):
-            layer.inplace = False  # autograd forbids writing into the tail's input, a leaf
-    for node in folded.graph.nodes:
-        node.type = None  # TorchScript cannot read annotations that are strings
-    _pool_before_relu(folded)
-    split = _split_behind_stem(folded)
-    served: nn.Module
-    if split is None:
-        served = PlainClassifier(folded)
-    elif mean_slopes.add_mean_slopes(split[1]):
-        served = PiecewiseLinearClassifier(*split)
-    else:
-        served = HoistableClassifier(*split)
+    It is split behind the affine operators that it begins with. A TorchScript module, or one that `torch.export` cannot
+    read, is served as it is.
+    """
+    served = _build(module, input_shape)
     return served.eval().requires_grad_(False)
 
 
-def _pool_before_relu(network: torch.fx.GraphModule) -> None:
+def _build(module: nn.Module, input_shape: Sequence[int]) -> ServedClassifier:
+    if isinstance(module, torch.jit.ScriptModule):
+        return PlainClassifier(module, "it was a TorchScript file")
+    try:
+        network = trace(module, input_shape)
+    except TracingError as error:
+        return PlainClassifier(module, f"torch.export cannot read it: {error}")
+    _pool_before_relu(network)
+    stem, tail = _split_behind_stem(network)
+    if stem is None:
+        return PlainClassifier(_scriptable(network), "it does not begin with an affine operator")
+    unknown = add_discrete_gradients(tail)
+    if unknown:
+        return HoistableClassifier(_scriptable(stem), _scriptable(tail), f"no discrete gradient of {unknown} is known")
+    return DiscreteGradientClassifier(_scriptable(stem), _scriptable(tail), "")
+
+
+def _scriptable(network: GraphModule) -> GraphModule:
+    """Call the operators by names that TorchScript knows: without overloads. Changes ``network``."""
+    for node in network.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.target = node.target.overloadpacket
+    network.recompile()
+    return network
+
+
+def _pool_before_relu(network: GraphModule) -> None:
     """Swap each ReLU with the max pooling behind it if nothing else reads the ReLU. Changes ``network``.
 
     Values and gradients stay the same, because ReLU is monotone; it then has fewer values to compute.
     """
     for pool in list(network.graph.nodes):
-        if not _calls(network, pool, nn.MaxPool2d):
+        if pool.target != aten.max_pool2d.default:
             continue
         relu = pool.args[0]
-        if not _calls(network, relu, nn.ReLU) or len(relu.users) > 1:
+        if relu.target != aten.relu.default or len(relu.users) > 1:
             continue
-        pool.args = relu.args
+        pool.args = (relu.args[0], *pool.args[1:])
         pool.replace_all_uses_with(relu)
         relu.args = (pool,)
+        relu.meta, pool.meta = pool.meta, {**pool.meta}
         pool.append(relu)
-    network.graph.lint()
-    network.recompile()
+    finish(network)
 
 
-def _calls(network: torch.fx.GraphModule, node: torch.fx.Node, layers: type | tuple[type, ...]) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), layers)
-
-
-def _split_behind_stem(network: torch.fx.GraphModule) -> tuple[nn.Module, torch.fx.GraphModule] | None:
-    """(stem, tail) of a traced network, or None if its first layer is not affine. Changes ``network``."""
-    graph = network.graph
-    last = pixels = next(node for node in graph.nodes if node.op == "placeholder")
-    stem = []
-    while len(last.users) == 1:
-        (user,) = last.users
-        if not _calls(network, user, AFFINE_LAYERS):
+def _split_behind_stem(network: GraphModule) -> tuple[GraphModule | None, GraphModule]:
+    """(stem, tail) of a network; no stem if its first operator is not affine."""
+    pixels = next(node for node in network.graph.nodes if node.op == "placeholder")
+    changing = dependents(pixels)
+    end = last = pixels
+    while True:
+        users = [user for user in last.users if user in changing or user.op == "output"]
+        if len(users) != 1 or not is_affine(users[0], changing):
             break
-        stem.append(network.get_submodule(user.target))
-        last = user
-    if not stem:
-        return None
-    with graph.inserting_before(pixels):
-        features = graph.placeholder("features")
-    last.replace_all_uses_with(features)
-    while last is not pixels:
-        last, done = last.args[0], last
-        graph.erase_node(done)
-    graph.erase_node(pixels)
-    network.delete_all_unused_submodules()
-    network.recompile()
-    return nn.Sequential(*stem), network
+        (last,) = users
+        if is_batch_first(last, pixels):
+            end = last
+    if end is pixels:
+        return None, network
+    output = next(node for node in network.graph.nodes if node.op == "output")
+    return _extract(network, pixels, end, "pixels"), _extract(network, end, output.args[0], "features")
 
 
-@torch.no_grad()
-def verify(served: torch.jit.ScriptModule, eager: nn.Module) -> float:
-    """Compare a scripted classifier with the eager model; returns the largest difference relative to the largest logit.
+def _extract(network: GraphModule, start: Node, end: Node, name: str) -> GraphModule:
+    """The part of a network that computes ``end`` from ``start``, which becomes its input ``name``."""
+    pixels = next(node for node in network.graph.nodes if node.op == "placeholder")
+    graph = Graph()
+    inputs = graph.placeholder(name)
+    inputs.meta = dict(start.meta)
+    # Behind the stem the network reads the number of images from the features.
+    copies = {pixels: inputs, start: inputs}
+    for node in network.graph.nodes:
+        if node not in copies and node.op != "output" and all(n in copies for n in node.all_input_nodes):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    part = GraphModule(network, graph)
+    finish(part)
+    return part
+
+
+def script(served: ServedClassifier, eager: nn.Module, input_shape: Sequence[int], file: Path) -> float:
+    """Write a classifier as TorchScript, and ``verify`` the file.
 
     Raises:
-        VerificationError: they differ, or ``stem`` is not affine.
+        ScriptingError: TorchScript cannot compile it, or the file differs from ``eager``.
     """
+    try:
+        torch.jit.script(served).save(str(file))
+    except Exception as error:  # the compiler raises whatever it stumbles over
+        raise ScriptingError(f"TorchScript cannot compile the network: {_first_line(error)}") from None
+    try:
+        return verify(torch.jit.load(str(file)), eager, input_shape)
+    except RuntimeError as error:
+        raise ScriptingError(f"the exported network cannot be run: {_first_line(error)}") from None
+
+
+def verify(served: torch.jit.ScriptModule, eager: nn.Module, input_shape: Sequence[int]) -> float:
+    """Compare a scripted classifier with the eager one, as the engine runs it: in channels_last, with gradients.
+
+    Args:
+        served: the scripted one; its weights become channels_last.
+        eager: the one that it was made of.
+        input_shape: [channels, height, width]; two random images are used.
+
+    Returns:
+        The largest difference of the logits, relative to the largest logit.
+
+    Raises:
+        ScriptingError: they differ, or ``stem`` is not affine.
+    """
+    served = nn.Module.to(served, memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
-    pixels, others = torch.randn(2, 2, 3, 224, 224, generator=generator)
-    expected = eager(pixels)
+    pixels, others = torch.randn(2, 2, *input_shape, generator=generator)
+    with torch.no_grad():
+        expected = eager(pixels)
+        checks = _compare_values(served, expected, pixels, others)
+    checks |= _compare_gradients(served, eager, pixels, others)
+    for name, (value, allowed) in checks.items():
+        if not value <= allowed:
+            raise ScriptingError(f"the exported {name} differ from the eager model by {value:.1e}")
+    return checks["logits"][0]
+
+
+def _compare_values(
+    served: torch.jit.ScriptModule, expected: Tensor, pixels: Tensor, others: Tensor
+) -> dict[str, tuple[float, float]]:
+    """Differences of values, and what is allowed."""
     logits, probabilities = served(pixels)
-
-    def difference(values: Tensor, reference: Tensor) -> float:
-        return ((values - reference).abs().max() / reference.abs().max().clamp_min(1e-6)).item()
-
-    logit_difference = difference(logits, expected)
-    checks = {"logits": logit_difference, "probabilities": difference(probabilities, expected.softmax(dim=1))}
+    checks = {"logits": (logits, expected), "probabilities": (probabilities, expected.softmax(dim=1))}
     if hasattr(served, "stem"):
         between = served.stem(0.3 * pixels + 0.7 * others)
-        checks["stem (not affine)"] = difference(0.3 * served.stem(pixels) + 0.7 * served.stem(others), between)
-        checks["tail(stem(pixels))"] = difference(served.tail(served.stem(pixels)), expected)
-    if hasattr(served, "mean_slope_tail"):
-        # The mean gradient times the step must be the whole change of the output.
-        features = served.stem(torch.cat((0.6 * pixels[:1] + 0.4 * others[:1], pixels[:1])))
-        with torch.enable_grad(), torch.jit.optimized_execution(False):
-            logits = served.mean_slope_tail(features.requires_grad_(), torch.tensor([True, False]))
+        checks["stem (not affine)"] = (0.3 * served.stem(pixels) + 0.7 * served.stem(others), between)
+        checks["tail(stem(pixels))"] = (served.tail(served.stem(pixels)), expected)
+    return {name: (_difference(*values), TOLERANCE) for name, values in checks.items()}
+
+
+def _compare_gradients(
+    served: torch.jit.ScriptModule, eager: nn.Module, pixels: Tensor, others: Tensor
+) -> dict[str, tuple[float, float]]:
+    """Differences of gradients, and what is allowed."""
+    with torch.enable_grad(), torch.jit.optimized_execution(False):
+        pixels = pixels.clone().requires_grad_()
+        expected, gradients = (
+            torch.autograd.grad(logits[:, 0].sum(), pixels)[0] for logits in (eager(pixels), served(pixels)[0])
+        )
+        checks = {"gradients": (_difference(gradients, expected), GRADIENT_TOLERANCE)}
+        if hasattr(served, "mean_slope_tail"):
+            # The discrete gradient times the step must be the whole change of the output.
+            ends = torch.stack((0.6 * pixels[0] + 0.4 * others[0], pixels[0])).detach()
+            features = served.stem(ends).detach().requires_grad_()
+            logits = served.mean_slope_tail(features, torch.tensor([True, False]))
             (gradients,) = torch.autograd.grad(logits[0].sum(), features)
-        checks["mean_slope_tail"] = difference(logits, served.tail(features))
-        change = (gradients[0] * (features[1] - features[0])).sum()
-        checks["mean slopes"] = ((change - (logits[1] - logits[0]).sum()).abs() / logits.abs().sum()).item()
-    for name, value in checks.items():
-        if not value <= TOLERANCE:
-            raise VerificationError(f"the exported {name} differ from the eager model by {value:.1e}")
-    return logit_difference
+            change = (gradients[0] * (features[1] - features[0])).sum()
+            off = (change - (logits[1] - logits[0]).sum()).abs() / logits.abs().sum()
+            checks["mean_slope_tail"] = (_difference(logits, served.tail(features)), TOLERANCE)
+            checks["discrete gradients"] = (off.item(), TOLERANCE)
+    return checks
+
+
+def _difference(values: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((values - reference).abs().max() / reference.abs().max().clamp_min(1e-6)).item()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
