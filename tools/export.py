@@ -1,4 +1,4 @@
-"""Write the classifier that the repository serves: ``python -m tools.export --weights lite0|imagenet|shapes|PATH``.
+"""Write the classifier that the repository serves: ``python -m tools.export --weights WEIGHTS --arch ARCHITECTURE``.
 
 An eager model becomes one TorchScript file whose ``forward`` returns (logits, probabilities). Batch normalisation
 is folded into the convolutions. If the network begins with affine layers, the file also has the methods ``stem`` (those
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from typing import Any
 from classifier_files import Preprocessing
 from path_density import FILE_NAME
 
+from tools.classifiers.architectures import KINDS
 from tools.classifiers.loading import NETWORKS, load_default, load_source, sha256_of
+from tools.classifiers.preprocessing import OPTIONS, Overrides
 from tools.classifiers.source import DownloadError, ExportError, Source
 from tools.imagenet import lite0
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
@@ -209,22 +211,32 @@ def _exporter_sha256() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True, help="lite0, imagenet, shapes, or the path of a checkpoint")
-    parser.add_argument("--arch", default="resnet18", help="a name of torchvision.models (default: resnet18)")
-    parser.add_argument("--labels", type=Path, help="class names for a checkpoint that has none, one a line")
-    for name in ("mean", "std"):
-        parser.add_argument(
-            f"--{name}", type=float, nargs=3, help="of values in [0, 1], by channel (default: the weights' own)"
+    parser.add_argument(
+        "--weights",
+        required=True,
+        help="lite0, imagenet, shapes, pretrained (by timm), or a file: state dict, TorchScript, torch.export program",
+    )
+    parser.add_argument("--arch", default="resnet18", help=f"{KINDS}, which runs that code (default: resnet18)")
+    parser.add_argument(
+        "--labels", type=Path, help="class names, one a line (default: those that come with the weights)"
+    )
+    group = parser.add_argument_group("preprocessing", "The default is what the weights expect.")
+    helps = {
+        "size": "sides of the input: N, or HEIGHT WIDTH",
+        "resize": "before the crop: the shorter side N, or exactly HEIGHT WIDTH (default: in proportion to --size)",
+        "interpolation": "of the resizing: nearest, bilinear, bicubic or lanczos",
+        "mean": "of values in [0, 1], one number (grey) or three (RGB)",
+        "std": "of values in [0, 1], one number (grey) or three (RGB)",
+    }
+    for name in OPTIONS:
+        group.add_argument(
+            f"--{name}", nargs="+", metavar="NAME" if name == "interpolation" else "N", default=(), help=helps[name]
         )
     parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
     arguments = parser.parse_args()
     try:
-        source = load_source(arguments.weights, arguments.arch, arguments.labels)
-        overrides: dict[str, Any] = {
-            name: tuple(getattr(arguments, name)) for name in ("mean", "std") if getattr(arguments, name)
-        }
-        source = replace(source, preprocessing=replace(source.preprocessing, **overrides))
-        path = export(source, arguments.repository)
+        overrides = Overrides.read({name: getattr(arguments, name) for name in OPTIONS})
+        path = export(load_source(arguments.weights, arguments.arch, arguments.labels, overrides), arguments.repository)
     except ExportError as error:
         sys.exit(f"export: {error}")
     print(path.with_name("manifest.json").read_text(), end="")

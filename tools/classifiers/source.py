@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from classifier_files import Preprocessing
 from torch import nn
 
+from tools.classifiers.messages import in_brief
+
+# Longest message, so that it stays a sentence on a terminal.
+MESSAGE_CHARACTERS = 300
+
 
 class ExportError(Exception):
-    """The model cannot be exported; the message says why and what to do."""
+    """The model cannot be exported; the message says in one sentence why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_brief(message, MESSAGE_CHARACTERS))
 
 
 class DownloadError(ExportError):
@@ -18,9 +26,10 @@ class DownloadError(ExportError):
 
 @dataclass(frozen=True)
 class Source:
-    """An eager model in evaluation mode, its class names, and the source of its weights.
+    """A network in evaluation mode that gives logits, its class names, and the source of its weights.
 
-    ``network`` is the argument ``weights`` of ``load_source``; ``weights`` describes their source.
+    ``module`` is eager, a ``torch.jit.ScriptModule``, or the module of a ``torch.export`` program. ``network`` is the
+    argument ``weights`` of ``load_source``; ``weights`` describes their source.
     """
 
     module: nn.Module

@@ -1,8 +1,9 @@
 """Fill a model repository that Triton will mount read-only: ``python3 -m tools.deploy.prepare``.
 
 Copies this repository's `model_repository` to MODEL_REPOSITORY and exports there the classifier that WEIGHTS names:
-``lite0``, ``imagenet`` (downloaded by torchvision), ``shapes``, or the path of a checkpoint of the architecture ARCH
-with the class names in the file LABELS. It replaces the files of another classifier.
+``lite0``, ``imagenet`` (downloaded by torchvision), ``shapes``, ``pretrained`` (downloaded by timm), or the path of a
+file, of the architecture ARCH with the class names in the file LABELS. SIZE, RESIZE, INTERPOLATION, MEAN and STD change
+the preprocessing, as the options of `tools/export` do. It replaces the files of another classifier.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from tools.classifiers.loading import load_source
+from tools.classifiers.preprocessing import OPTIONS, Overrides
 from tools.classifiers.source import ExportError
 from tools.export import export
 from tools.paths import MODEL_REPOSITORY
@@ -25,7 +27,9 @@ def main() -> None:
     weights = os.environ.get("WEIGHTS") or "lite0"
     labels = os.environ.get("LABELS")
     try:
-        source = load_source(weights, os.environ.get("ARCH") or "resnet18", Path(labels) if labels else None)
+        overrides = Overrides.read({name: os.environ.get(name.upper(), "").split() for name in OPTIONS})
+        architecture = os.environ.get("ARCH") or "resnet18"
+        source = load_source(weights, architecture, Path(labels) if labels else None, overrides)
         shutil.copytree(MODEL_REPOSITORY, repository, ignore=LEFT_OUT, dirs_exist_ok=True)
         export(source, repository)
     except (ExportError, OSError) as error:

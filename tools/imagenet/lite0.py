@@ -125,7 +125,7 @@ def weights_file() -> Path:
     file = Path(spec.submodule_search_locations[0]) / "models" / FILE_NAME
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
     if sha256 != SHA256:
-        raise WeightsError(f"{file} is not the file that is known here: sha256 {sha256}, not {SHA256}")
+        raise WeightsError(f"{file} is not the file that is known here: sha256 {sha256[:12]}, not {SHA256[:12]}")
     return file
 
 
