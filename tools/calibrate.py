@@ -25,6 +25,7 @@ import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Job
 from classifier_files import Preprocessing
+from classifier_loading import load_classifier
 from engine_loading import build_engine
 from error_law import ErrorLaw
 from image_decoding import ImageLimits, load_pixels, open_image
@@ -180,7 +181,8 @@ def main() -> None:
     manifest = read_manifest(repository) or {}
     preprocessing = Preprocessing.from_manifest(manifest.get("preprocessing", {}))
     file = repository / "classifier" / "1" / "model.pt"
-    engine = build_engine(file, arguments.device, preprocessing.input_shape, precision="ieee")
+    module = load_classifier(file, arguments.device)
+    engine = build_engine(module, arguments.device, preprocessing.input_shape, precision="ieee")
     if arguments.images is not None:
         images, source = list(load_folder(arguments.images, arguments.count, preprocessing)), arguments.images.name
     elif manifest.get("network") == "shapes":

@@ -1,52 +1,172 @@
-"""The same model repository with other classifiers: only the export differs."""
+"""The same model repository with other classifiers, of other sizes: only the export differs."""
 
+from __future__ import annotations
+
+import copy
+import io
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import captum.attr
+import numpy as np
+import own_networks
 import pytest
+import timm
 import torch
 import tritonclient.grpc
-from conftest import MEAN, STD, encode, relative_distance, scene_image, scene_pixels, untrained
-from live_server import infer
+from classifier_files import Preprocessing
+from conftest import encode, relative_distance, scene_image, untrained
+from live_server import Stream, infer
 from path_baselines import Baselines
+from PIL import Image
 
+from explain_client import ExplainClient
 from tools.classifiers.loading import load_source
-from tools.export import export
+from tools.classifiers.source import Source
+from tools.export import EXPORTED_FILES, export, read_manifest
+from tools.imagenet.photographs import view
 from tools.paths import MODEL_REPOSITORY
 from tools.server import EmbeddedServer, Ports
+from tools.triton.process import ServerError
+
+STEPS = 4
 
 
+@contextmanager
+def served(source: Source, folder: Path) -> Iterator[tuple[EmbeddedServer, tritonclient.grpc.InferenceServerClient]]:
+    """A server of a copy of the repository with this classifier."""
+    models = folder / "models"
+    shutil.copytree(MODEL_REPOSITORY, models, ignore=shutil.ignore_patterns("__pycache__", *EXPORTED_FILES))
+    export(source, models)
+    with (
+        EmbeddedServer(models, Ports.free(), folder / "log") as server,
+        tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton,
+    ):
+        yield server, triton
+
+
+def captums(module: torch.nn.Module, pixels: torch.Tensor, start: torch.Tensor, target: int) -> torch.Tensor:
+    explainer = captum.attr.IntegratedGradients(module)
+    attributions: torch.Tensor = explainer.attribute(pixels[None], start[None], target=target, n_steps=STEPS)
+    return attributions[0].detach()
+
+
+def check_explanation(triton, source: Source, image: Image.Image, baseline: str = "zero") -> dict[str, np.ndarray]:
+    """An answer equals the eager network's and Captum's in float64, as nearly as Captum's in float32."""
+    answer = infer(triton, [encode(image)], [3], n_steps=STEPS, baseline=baseline)
+    pixels = view(image, source.preprocessing)
+    start = Baselines(source.preprocessing.mean, source.preprocessing.std).make(baseline, pixels)
+    module = copy.deepcopy(source.module)
+    with torch.no_grad():
+        probabilities = module(pixels[None]).softmax(dim=1)
+    in_float32 = captums(module, pixels, start, 3)
+    exact = captums(module.double(), pixels.double(), start.double(), 3)
+    torch.testing.assert_close(torch.tensor(answer["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
+    own = relative_distance(answer["ATTRIBUTIONS"][0], exact)
+    print(
+        f"relative distance to float64: served {own:.1e}, Captum in float32 {relative_distance(in_float32, exact):.1e}"
+    )
+    assert own <= max(2 * relative_distance(in_float32, exact), 1e-5)
+    assert answer["EXPLAINED_CLASS"].tolist() == [[3]]
+    assert answer["N_STEPS"].tolist() == [[STEPS]]
+    height, width = source.preprocessing.crop
+    assert Image.open(io.BytesIO(answer["HEATMAP"][0, 0])).size == (width, height)
+    return answer
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [
+        "resnet18",
+        "vgg11",
+        "densenet121",
         "mobilenet_v3_small",
-        pytest.param("densenet121", marks=pytest.mark.slow),
-        pytest.param("vgg11", marks=pytest.mark.slow),
-        pytest.param("vit_b_16", marks=pytest.mark.slow),
+        "efficientnet_b0",
+        "regnet_y_400mf",
+        "convnext_tiny",
+        "vit_b_16",
+        "timm:resnet26d",
+        "lite0",
     ],
 )
-def test_repository_serves_another_architecture(tmp_path, architecture):
-    models = tmp_path / "models"
-    shutil.copytree(MODEL_REPOSITORY, models, ignore=shutil.ignore_patterns("model.pt", "labels.txt", "manifest.json"))
-    model = untrained(architecture, 5)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    export(load_source(str(tmp_path / "weights.pt"), architecture), models)
+def test_an_architecture_is_served_and_explained(tmp_path: Path, architecture: str) -> None:
+    if architecture == "lite0":
+        source = load_source("lite0")
+    else:
+        file = tmp_path / "weights.pt"
+        torch.manual_seed(0)
+        if architecture.startswith("timm:"):
+            model = timm.create_model(architecture.removeprefix("timm:"), num_classes=5)
+        else:
+            model = untrained(architecture, 5)
+        torch.save(model.state_dict(), file)
+        source = load_source(str(file), architecture)
     # At zeros the layer norms of a vision transformer are singular.
     baseline = "black" if architecture == "vit_b_16" else "zero"
-    with (
-        EmbeddedServer(models, Ports.free(), tmp_path / "log") as server,
-        tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton,
-    ):
-        answer = infer(triton, [encode(scene_image(0))], [3], n_steps=4, baseline=baseline)
+    with served(source, tmp_path) as (_, triton):
+        check_explanation(triton, source, scene_image(0), baseline)
+        refined = infer(triton, [encode(scene_image(1))], [3], tolerance=0.3, n_steps=40, baseline=baseline)
+        manifest = read_manifest(tmp_path / "models")
+    assert manifest is not None
+    assert manifest["mean_slopes"]
+    # Discrete gradients add up to the change of the output, at any number of steps.
+    size = np.abs(refined["ATTRIBUTIONS"]).sum()
+    assert abs(refined["CONVERGENCE_DELTA"][0, 0]) <= 1e-4 * size
+    assert 0 < refined["ERROR_ESTIMATE"][0, 0] < 1
 
-    image = scene_pixels(0)[None]
-    start = Baselines(list(MEAN), list(STD)).make(baseline, image[0])[None]
-    with torch.no_grad():
-        probabilities = model(image).softmax(dim=1)
-    torch.testing.assert_close(torch.tensor(answer["PROBABILITIES"]), probabilities, rtol=1e-3, atol=1e-5)
-    expected = captum.attr.IntegratedGradients(model).attribute(image, start, target=3, n_steps=4).detach()
-    # Float32 is about 1e-3 from float64 at four nodes: one flipped activation is that much.
-    assert relative_distance(answer["ATTRIBUTIONS"], expected) <= 5e-3
-    assert answer["EXPLAINED_CLASS"].tolist() == [[3]]
-    assert answer["N_STEPS"].tolist() == [[4]]
-    assert not (answer["HEATMAP"][0] == b"").any()
+
+OWN_SIZES = {
+    "128 x 128": Preprocessing(146, (128, 128)),
+    "grey, 96 x 160": Preprocessing((96, 160), (96, 160), "bicubic", (0.5,), (0.25,)),
+}
+
+
+@pytest.mark.parametrize("name", OWN_SIZES)
+def test_a_network_is_served_at_its_own_size(tmp_path: Path, name: str) -> None:
+    preprocessing = OWN_SIZES[name]
+    channels, height, width = shape = preprocessing.input_shape
+    module = own_networks.seeded(own_networks.Tiny(5, channels))
+    source = Source(module, list("abcde"), "tiny", "somebody's", preprocessing=preprocessing)
+    # As large as the input, so that no resizing differs from Pillow's in a rounding.
+    image = scene_image(0, 300).resize((width, height))
+    image = image if channels == 3 else image.convert("L")
+    with served(source, tmp_path) as (server, triton), ExplainClient(server.grpc_url) as client:
+        metadata = {tensor.name: list(tensor.shape) for tensor in triton.get_model_metadata("explain").outputs}
+        assert metadata["ATTRIBUTIONS"] == [-1, *shape]
+        assert metadata["SALIENCY"] == [-1, height, width]
+        exact = Image.open(io.BytesIO(encode(image))) if preprocessing.resize == (96, 160) else image
+        answer = check_explanation(triton, source, exact)
+        np.testing.assert_allclose(answer["SALIENCY"][0], answer["ATTRIBUTIONS"][0].sum(0), rtol=1e-4, atol=1e-6)
+        blurred = infer(triton, [encode(image)], baseline="blur", n_steps=STEPS)
+        assert blurred["ATTRIBUTIONS"].shape == (1, *shape)
+        heard = Stream(server, [encode(image)], [3], n_steps=STEPS).hear()
+        assert heard.error is None
+        assert relative_distance(heard.responses[-1]["ATTRIBUTIONS"], answer["ATTRIBUTIONS"]) <= 1e-5
+        result = client.explain(image, n_steps=STEPS)
+        assert result.saliency is not None
+        assert result.saliency.shape == (height, width)
+        assert result.heatmap.size == (width, height)
+        assert result.predictions[0].label in "abcde"
+        wide = encode(scene_image(0, 300).resize((400, 200)))
+        assert client.explain(wide, n_steps=2).heatmap.size == (width, height)
+
+
+class OneOutput(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((2, 3))
+
+
+def test_a_file_that_cannot_be_explained_is_refused_at_start_up(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(MODEL_REPOSITORY, models, ignore=shutil.ignore_patterns("__pycache__", *EXPORTED_FILES))
+    torch.jit.script(OneOutput()).save(str(models / "classifier" / "1" / "model.pt"))
+    for model in ("classifier", "explain_stream"):
+        (models / model / "labels.txt").write_text("a\nb\nc\n")
+    with (
+        pytest.raises(ServerError, match=r"model\.pt returns one output instead of \(logits, probabilities\)"),
+        EmbeddedServer(models, Ports.free(), tmp_path / "log"),
+    ):
+        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from attribution_engine import AttributionEngine
+from classifier_loading import load_classifier
 from engine_loading import CPU_MAX_ROWS, MALLOC_OPTIONS, PRECISIONS, allow_tf32, build_engine
 from path_density import PathDensity
 from torch import nn
@@ -51,13 +52,13 @@ def test_the_engine_has_the_files_network(module: nn.Module, file: Path) -> None
     images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module(images)
-        logits = build_engine(file, CPU, SHAPE).network(images)
+        logits = build_engine(load_classifier(file, CPU), CPU, SHAPE).network(images)
     # The same float32 sums, perhaps in another order, because the weights' memory layout differs.
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_engines_weights_take_no_gradients_and_lie_channels_last(file: Path) -> None:
-    network = loaded_module(build_engine(file, CPU, SHAPE))
+    network = loaded_module(build_engine(load_classifier(file, CPU), CPU, SHAPE))
     weights = list(network.parameters())
     assert len(weights) == 4
     assert not any(weight.requires_grad for weight in weights)
@@ -67,20 +68,20 @@ def test_the_engines_weights_take_no_gradients_and_lie_channels_last(file: Path)
 
 @pytest.mark.parametrize(("max_rows", "expected"), [(0, CPU_MAX_ROWS), (2, 2), (33, 33)])
 def test_rows_of_a_pass_are_those_asked_for_or_chosen_by_the_device(file: Path, max_rows: int, expected: int) -> None:
-    assert build_engine(file, CPU, SHAPE, max_rows=max_rows).max_rows == expected
+    assert build_engine(load_classifier(file, CPU), CPU, SHAPE, max_rows=max_rows).max_rows == expected
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_cpu_computes_in_float32_whatever_the_precision(file: Path, precision: str) -> None:
-    engine = build_engine(file, CPU, SHAPE, precision=precision)
+    engine = build_engine(load_classifier(file, CPU), CPU, SHAPE, precision=precision)
     assert engine.network.precision is None
     assert {weight.dtype for weight in loaded_module(engine).parameters()} == {torch.float32}
 
 
 def test_the_engine_has_the_density_that_it_is_given(file: Path) -> None:
     density = PathDensity({}, {})
-    assert build_engine(file, CPU, SHAPE, density=density).density is density
-    assert build_engine(file, CPU, SHAPE).density is None
+    assert build_engine(load_classifier(file, CPU), CPU, SHAPE, density=density).density is density
+    assert build_engine(load_classifier(file, CPU), CPU, SHAPE).density is None
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,9 @@ def test_the_engine_has_the_density_that_it_is_given(file: Path) -> None:
     ],
     ids=str,
 )
-def test_wrong_settings_are_refused_before_the_file_is_read(tmp_path: Path, options: dict, message: str) -> None:
+def test_wrong_settings_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_engine(tmp_path / "absent.pt", CPU, SHAPE, **options)
+        build_engine(nn.Linear(3, 2), CPU, SHAPE, **options)
 
 
 @pytest.mark.usefixtures("tf32_flags")
@@ -109,7 +110,7 @@ def test_only_ieee_forbids_tf32(precision: str, allowed: bool) -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")
 def test_what_a_pass_frees_stays_with_the_process_for_the_next(file: Path) -> None:
-    build_engine(file, CPU, SHAPE)
+    build_engine(load_classifier(file, CPU), CPU, SHAPE)
 
     def new_pages() -> int:
         """Page faults of an allocation of 64 MiB, which is freed on return."""
@@ -131,9 +132,9 @@ def test_options_are_those_of_glibcs_malloc_h() -> None:
 
 def test_another_c_library_is_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-    assert build_engine(file, CPU, SHAPE).max_rows == CPU_MAX_ROWS
+    assert build_engine(load_classifier(file, CPU), CPU, SHAPE).max_rows == CPU_MAX_ROWS
 
 
 def test_negative_rows_are_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="max_rows must be 0 or at least 2"):
-        build_engine(file, CPU, SHAPE, max_rows=-3)
+        build_engine(load_classifier(file, CPU), CPU, SHAPE, max_rows=-3)

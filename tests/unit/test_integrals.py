@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attribution_engine import AttributionEngine
+from classifier_loading import load_classifier
 from engine_loading import build_engine
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AttributionEngine:
     file = tmp_path_factory.mktemp("model") / "model.pt"
     torch.jit.script(request.param()).save(str(file))
-    return build_engine(file, torch.device("cpu"), SHAPE, max_rows=ROWS)
+    return build_engine(load_classifier(file, torch.device("cpu")), torch.device("cpu"), SHAPE, max_rows=ROWS)
 
 
 @pytest.fixture(scope="module")

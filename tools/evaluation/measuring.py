@@ -21,6 +21,7 @@ import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
 from classifier_files import Preprocessing
+from classifier_loading import load_classifier
 from engine_loading import build_engine
 from path_density import FILE_NAME, PathDensity
 from torch import Tensor
@@ -45,7 +46,7 @@ def load_engine(device: torch.device, precision: str, max_rows: int = 0, network
     file, manifest = model_file(network), load_manifest(network)
     density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
     shape = Preprocessing.from_manifest(manifest["preprocessing"]).input_shape
-    return build_engine(file, device, shape, max_rows, precision, density)
+    return build_engine(load_classifier(file, device), device, shape, max_rows, precision, density)
 
 
 def explain(engine: AttributionEngine, jobs: Sequence[Job], **options: Any) -> list[Explanation]:

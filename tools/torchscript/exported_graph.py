@@ -102,7 +102,7 @@ def _flatten(traced: GraphModule) -> GraphModule:
 def _simplify(network: GraphModule) -> None:
     """Remove copies of tensors, and use operators that read tensors of any memory format."""
     for node in list(network.graph.nodes):
-        if node.target in (aten.clone.default, aten.alias.default, aten.detach.default):
+        if node.target in (aten.clone.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):

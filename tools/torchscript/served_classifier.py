@@ -89,11 +89,12 @@ def build_served(module: nn.Module, input_shape: Sequence[int]) -> ServedClassif
     read, is served as it is.
     """
     served = _build(module, input_shape)
-    return served.eval().requires_grad_(False)
+    served.training = False  # eval() would call those of parts from `torch.export`, which refuse it
+    return served.requires_grad_(False)
 
 
 def _build(module: nn.Module, input_shape: Sequence[int]) -> ServedClassifier:
-    if isinstance(module, torch.jit.ScriptModule):
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         return PlainClassifier(module, "it was a TorchScript file")
     try:
         network = trace(module, input_shape)
@@ -185,7 +186,7 @@ def script(served: ServedClassifier, eager: nn.Module, input_shape: Sequence[int
     try:
         return verify(torch.jit.load(str(file)), eager, input_shape)
     except RuntimeError as error:
-        raise ScriptingError(f"the exported network cannot be run: {_first_line(error)}") from None
+        raise ScriptingError(f"the network or its export cannot be run: {_first_line(error)}") from None
 
 
 def verify(served: torch.jit.ScriptModule, eager: nn.Module, input_shape: Sequence[int]) -> float:

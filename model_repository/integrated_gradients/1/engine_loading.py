@@ -1,10 +1,10 @@
-"""Loads a TorchScript file into an engine that is set up for its device."""
+"""Builds the engine of a classifier, set up for its device."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from attribution_engine import AttributionEngine
@@ -29,18 +29,18 @@ GPU_MEMORY_SHARE = 0.25
 
 
 def build_engine(
-    file: Path,
+    module: Any,
     device: torch.device,
     image_shape: Sequence[int],
     max_rows: int = 0,
     precision: str = "tf32",
     density: PathDensity | None = None,
 ) -> AttributionEngine:
-    """Load a classifier and build the engine that explains it.
+    """Build the engine that explains a classifier.
 
     Args:
-        file: the classifier in TorchScript, see ``Network``.
-        device: where to compute.
+        module: see ``load_classifier`` and ``Network``.
+        device: of the module.
         image_shape: [channels, height, width], to measure the memory of a row.
         max_rows: most rows of a pass, at least 2; 0 chooses by the device.
         precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU always computes in float32.
@@ -53,10 +53,6 @@ def build_engine(
         raise ValueError("max_rows must be 0 or at least 2: a mean gradient between two points takes both")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    module = torch.jit.load(str(file), map_location=device).eval()
-    for weight in module.parameters():
-        weight.requires_grad_(False)
-    module = module.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         _keep_freed_memory()
         return AttributionEngine(module, max_rows=max_rows or CPU_MAX_ROWS, density=density)

@@ -10,7 +10,6 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from attribution_engine import AttributionEngine
 from attribution_job import Explanation
 from attribution_metrics import AttributionMetrics
 from attribution_parameters import Limits
 from attribution_request import Reply, RequestReader, TensorError, Work, response_outputs
 from circuit_breaker import CircuitBreaker
-from classifier_files import ClassifierFiles, pixels_shape
+from classifier_files import ClassifierFiles, PreprocessingError, pixels_shape
+from classifier_loading import ClassifierError, check_classifier, load_classifier
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
 from metric_families import metric_family
@@ -48,6 +47,12 @@ class _Request:
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        try:
+            self._initialize(args)
+        except (ClassifierError, PreprocessingError) as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+
+    def _initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         # For GPUs with an MPS daemon; CUDA reads it when it starts.
@@ -55,8 +60,6 @@ class TritonPythonModel:
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
-        if not files.model.is_file():
-            raise pb_utils.TritonModelException(f"{files.model} is missing; python -m tools.export writes it")
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
             if threads := int(settings["cpu_threads"]):
@@ -69,10 +72,12 @@ class TritonPythonModel:
         except CalibrationError as error:
             uncalibrated = str(error)
         max_rows, precision = int(settings["max_rows"]), settings["precision"]
-        self.engine = build_engine(files.model, self.device, shape, max_rows, precision, density)
+        module = load_classifier(files.model, self.device)
+        classes = check_classifier(module, files.model, shape, self.device)
+        self.engine = build_engine(module, self.device, shape, max_rows, precision, density)
         self.reader = RequestReader(
             self.device,
-            _count_classes(self.engine, shape, self.device),
+            classes,
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
             Baselines(preprocessing.mean, preprocessing.std),
@@ -90,9 +95,13 @@ class TritonPythonModel:
         # Each process has its own metrics: Triton would drop shared ones when the first process unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.metrics = AttributionMetrics(metric_family, labels, lambda: self.worker.waiting, self._count_chunks)
+        limitation = getattr(module, "limitation", "") or "the file has none of its own"
+        gradients = f"gradients at points because {limitation}"
+        if self.engine.network.has_mean_slopes:
+            gradients = "discrete gradients"
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {files.model}, sha256 {files.sha256}, "
-            f"on {self.device}, {self.engine.max_rows} rows a chunk, {uncalibrated or 'calibrated'}"
+            f"on {self.device}, {self.engine.max_rows} rows a chunk, {gradients}, {uncalibrated or 'calibrated'}"
         )
 
     def execute(self, requests: list[Any]) -> list[None]:
@@ -206,12 +215,3 @@ class TritonPythonModel:
             self.metrics.observe("error_estimate", explanation.error_estimate, method=method)
             self.metrics.observe("wait_seconds", max(0.0, explanation.started - request.reply.arrived))
             self.metrics.observe("compute_seconds", explanation.seconds, method=method)
-
-
-def _count_classes(engine: AttributionEngine, shape: Sequence[int], device: torch.device) -> int:
-    """Number of classes, from the network's output."""
-    with torch.no_grad():
-        example = engine.network(torch.zeros(1, *shape, device=device))
-    if not example.isfinite().all():
-        raise pb_utils.TritonModelException("the classifier answers an image with logits that are not finite")
-    return example.shape[1]

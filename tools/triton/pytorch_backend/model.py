@@ -35,7 +35,11 @@ class TritonPythonModel:
         file = Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.pt")
         if not file.is_file():
             raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
-        self.module = torch.jit.load(str(file), map_location=self.device).eval()
+        try:
+            self.module = torch.jit.load(str(file), map_location=self.device).eval()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise pb_utils.TritonModelException(f"{file} is not a TorchScript file: {reason}") from None
 
     @torch.inference_mode()
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
@@ -58,6 +62,8 @@ class TritonPythonModel:
         ]
         results = self.module(*arguments)
         results = [result.cpu() for result in (results if isinstance(results, tuple) else (results,))]
+        if len(results) <= _position(self.outputs[-1]):
+            raise pb_utils.TritonModelException(f"the network returns {len(results)} outputs, not {self.outputs}")
         start = 0
         for number, batch in batches.items():
             rows = slice(start, start + len(batch[0]))
