@@ -215,7 +215,7 @@ def main() -> None:
     out = arguments.out or file.with_name(FILE_NAME)
     out.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps({"exponent": content["exponent"], "error_law": content["error_law"]}))
-    print(f"wrote {out}")
+    print(f"wrote {out}; a running server uses it after a restart")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from classifier_files import Preprocessing
 from conftest import encode, relative_distance, scene_image, untrained
 from live_server import Stream, infer
 from path_baselines import Baselines
+from path_density import FILE_NAME
 from PIL import Image
 
-from explain_client import ExplainClient
+from explain_client import ExplainClient, RefusedError
 from tools.classifiers.loading import load_source
 from tools.classifiers.source import Source
 from tools.export import EXPORTED_FILES, export, read_manifest
@@ -150,8 +152,29 @@ def test_a_network_is_served_at_its_own_size(tmp_path: Path, name: str) -> None:
         assert result.saliency.shape == (height, width)
         assert result.heatmap.size == (width, height)
         assert result.predictions[0].label in "abcde"
+        with pytest.raises(
+            RefusedError, match=r"this network has no path_density\.json; python -m tools\.calibrate writes"
+        ):
+            client.explain(image, method="calibrated", n_steps=STEPS)
+        write_calibration(tmp_path / "models")
+        with pytest.raises(RefusedError, match="calibrated since the server started; restart the server to use it"):
+            client.explain(image, method="calibrated", n_steps=STEPS)
         wide = encode(scene_image(0, 300).resize((400, 200)))
         assert client.explain(wide, n_steps=2).heatmap.size == (width, height)
+
+
+def write_calibration(models: Path) -> None:
+    """An even density, with the checksum of the classifier that is served."""
+    folder = models / "classifier" / "1"
+    manifest = read_manifest(models)
+    assert manifest is not None
+    law = {"scale": 1.0, "order": 1.2, "margin": 1.5}
+    calibration = {
+        "model_sha256": manifest["model_sha256"],
+        "density": {"logit": [1.0], "probability": [1.0]},
+        "error_law": {"logit": law, "probability": law},
+    }
+    (folder / FILE_NAME).write_text(json.dumps(calibration))
 
 
 class OneOutput(torch.nn.Module):

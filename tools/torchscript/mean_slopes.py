@@ -32,14 +32,38 @@ class MeanSlopeRelu(nn.Module):
         here = inputs.detach()
         if here.dtype == torch.float16:  # float16 cannot represent the number that prevents 0 / 0
             here = here.float()
-        slopes = _mean_relu_slopes(here, paired)
+        if inputs.is_cuda:
+            slopes = _mean_relu_slopes(here, paired)
+            if self.ceiling > 0:
+                slopes -= _mean_relu_slopes(here - self.ceiling, paired)
+        else:
+            slopes = self.slopes_by_row(here, paired)
+        outputs = inputs * slopes.to(inputs.dtype)
         if self.ceiling > 0:
-            slopes -= _mean_relu_slopes(here - self.ceiling, paired)
-        return with_value(inputs * slopes.to(inputs.dtype), self.values(inputs.detach()))
+            torch.clamp(inputs.detach(), 0.0, self.ceiling, out=outputs.detach())
+        else:
+            torch.clamp(inputs.detach(), 0.0, out=outputs.detach())
+        return outputs
 
     def values(self, inputs: Tensor) -> Tensor:
         """The values."""
-        return inputs.clamp(0.0, self.ceiling) if self.ceiling > 0 else inputs.relu()
+        return nn.functional.hardtanh(inputs, 0.0, self.ceiling) if self.ceiling > 0 else inputs.relu()
+
+    def slopes_by_row(self, here: Tensor, paired: Tensor) -> Tensor:
+        """Slopes of each row, 0 where a paired row's values stay. One row after the other fits a processor's cache."""
+        slopes = torch.empty_like(here)
+        values = self.values(here[0])
+        for row in range(len(here)):
+            is_last = row + 1 == len(here)
+            next_values = values if is_last else self.values(here[row + 1])
+            if is_last or not bool(paired[row]):
+                is_rising = values > 0
+                slopes[row] = is_rising & (values < self.ceiling) if self.ceiling > 0 else is_rising
+            else:
+                changes = (here[row + 1] - here[row]).add_(1e-30)
+                torch.sub(next_values, values, out=slopes[row]).div_(changes)
+            values = next_values
+        return slopes
 
 
 class MeanSlopeFunction(nn.Module):

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class RequestReader:
         limits: of the server.
         foreign_parameters: names that belong to other steps of the ensemble.
         baselines: of the network's normalisation.
-        uncalibrated: why the method ``calibrated`` is refused; empty if it is allowed.
+        why_uncalibrated: tells why the method ``calibrated`` is refused; None if it is allowed.
     """
 
     device: torch.device
@@ -65,7 +65,7 @@ class RequestReader:
     limits: Limits
     foreign_parameters: Set[str]
     baselines: Baselines
-    uncalibrated: str
+    why_uncalibrated: Callable[[], str] | None
 
     def read(self, request: Any) -> Work:
         """Read and validate a request of Triton's.
@@ -74,8 +74,8 @@ class RequestReader:
             ParameterError, TensorError: the request is not valid.
         """
         parameters = parse_parameters(json.loads(request.parameters()), self.limits, self.foreign_parameters)
-        if parameters.method == "calibrated" and self.uncalibrated:
-            raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.uncalibrated}")
+        if parameters.method == "calibrated" and self.why_uncalibrated is not None:
+            raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.why_uncalibrated()}")
         pixels, logits = (
             # A copy: Triton takes its shared memory back when `execute` returns.
             torch.tensor(pb_utils.get_input_tensor_by_name(request, name).as_numpy())

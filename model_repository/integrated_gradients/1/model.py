@@ -66,11 +66,10 @@ class TritonPythonModel:
                 torch.set_num_threads(threads)
         preprocessing = files.preprocessing(settings, pixels_shape(config))
         shape = preprocessing.input_shape
-        density, uncalibrated = None, ""
         try:
-            density = PathDensity.load(files.folder / FILE_NAME, files.sha256)
-        except CalibrationError as error:
-            uncalibrated = str(error)
+            density: PathDensity | None = PathDensity.load(files.folder / FILE_NAME, files.sha256)
+        except CalibrationError:
+            density = None
         max_rows, precision = int(settings["max_rows"]), settings["precision"]
         module = load_classifier(files.model, self.device)
         classes = check_classifier(module, files.model, shape, self.device)
@@ -81,7 +80,7 @@ class TritonPythonModel:
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
             Baselines(preprocessing.mean, preprocessing.std),
-            uncalibrated,
+            None if density else partial(_why_uncalibrated, files),
         )
         self.hold_seconds = float(settings["hold_seconds"])
         self.chunks_counted: Counter[int] = Counter()
@@ -95,13 +94,12 @@ class TritonPythonModel:
         # Each process has its own metrics: Triton would drop shared ones when the first process unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.metrics = AttributionMetrics(metric_family, labels, lambda: self.worker.waiting, self._count_chunks)
-        limitation = getattr(module, "limitation", "") or "the file has none of its own"
-        gradients = f"gradients at points because {limitation}"
-        if self.engine.network.has_mean_slopes:
-            gradients = "discrete gradients"
+        limitation = getattr(module, "limitation", "") or "the file has no discrete ones"
+        kind = "discrete" if self.engine.network.has_mean_slopes else f"those of points, because {limitation}"
+        calibration = "calibrated" if density else _why_uncalibrated(files)
         pb_utils.Logger.log_info(
-            f"integrated_gradients explains {files.model}, sha256 {files.sha256}, "
-            f"on {self.device}, {self.engine.max_rows} rows a chunk, {gradients}, {uncalibrated or 'calibrated'}"
+            f"integrated_gradients explains {files.model}, sha256 {files.sha256}, on {self.device}, "
+            f"{self.engine.max_rows} rows a chunk, gradients are {kind}, {calibration}"
         )
 
     def execute(self, requests: list[Any]) -> list[None]:
@@ -215,3 +213,12 @@ class TritonPythonModel:
             self.metrics.observe("error_estimate", explanation.error_estimate, method=method)
             self.metrics.observe("wait_seconds", max(0.0, explanation.started - request.reply.arrived))
             self.metrics.observe("compute_seconds", explanation.seconds, method=method)
+
+
+def _why_uncalibrated(files: ClassifierFiles) -> str:
+    """Why this process has no calibration of its classifier."""
+    try:
+        PathDensity.load(files.folder / FILE_NAME, files.sha256)
+    except CalibrationError as error:
+        return str(error)
+    return "this network has been calibrated since the server started; restart the server to use it"
