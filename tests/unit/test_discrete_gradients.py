@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tools.torchscript.discrete_gradients import add_discrete_gradients
 from tools.torchscript.exported_graph import trace
-from tools.torchscript.mean_slopes import MeanSlopeMaxPool, MeanSlopeRelu
+from tools.torchscript.mean_slopes import MeanSlopeFunction, MeanSlopeMaxPool, MeanSlopeRelu
 from tools.torchscript.served_classifier import build_served
 
 PAIR = torch.tensor([True, False])
@@ -209,7 +209,7 @@ def test_modern_networks_account_for_the_whole_change(make: Callable[[], nn.Modu
     change = (mean_gradient(network, ends, 1) * (ends[1] - ends[0])).sum()
     expected = module(ends)[:, 1].diff()[0]
     assert expected.abs() > 1e-2
-    # Where a function's argument moves by less than 0.01, its slope is that in the middle: 1e-6 of it.
+    # Where a function's argument moves by less than 0.001, its slope is that in the middle: 1e-6 of it.
     torch.testing.assert_close(change, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -260,6 +260,26 @@ def test_a_mean_slope_is_the_mean_over_many_points(function: nn.Module, size: fl
     kinks = nn.LeakyReLU, nn.SELU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.ReLU, nn.ReLU6
     allowed = 1e-3 if isinstance(function, kinks) else 2e-5
     torch.testing.assert_close(gradient, at_points.mean(0), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("first_is_paired", [True, False])
+@pytest.mark.parametrize("ceiling", [0.0, 6.0])
+def test_a_relus_slopes_are_the_same_at_once_and_by_row(ceiling: float, first_is_paired: bool) -> None:
+    relu, here = MeanSlopeRelu(ceiling), 5 * random(4, 3, 4, 4)
+    here[1, 0] = here[0, 0]  # stays
+    paired = torch.tensor([first_is_paired, True, False, True])
+    torch.testing.assert_close(relu.slopes(here, paired), relu.slopes_by_row(here, paired), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_is_paired", [True, False])
+def test_a_functions_slopes_are_the_same_at_once_and_by_row(first_is_paired: bool) -> None:
+    function, here = MeanSlopeFunction(nn.SiLU()), random(4, 4, 4, 3)
+    here[1, 0] = here[0, 0] + 1e-4
+    here[1, 1] = here[0, 1]
+    values, paired = function.function(here), torch.tensor([first_is_paired, True, False, True])
+    slopes = function.slopes(here, values, paired)
+    torch.testing.assert_close(slopes, function.slopes_by_row(here, values, paired), rtol=0, atol=1e-12)
+    assert slopes.isfinite().all()
 
 
 class Places(nn.Module):

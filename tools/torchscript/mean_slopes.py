@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Least change of a function's argument for which its mean slope is a quotient. The rounding of float32 is then 1e-5 of
-# the slope; with smaller changes the slope in the middle differs from the mean by less.
-LEAST_CHANGE = 0.01
+# Least change of a function's argument for which its mean slope is a quotient. Float32's rounding is then at most 1e-4
+# of the value. Where the argument changes less, the slope in the middle stands for the mean.
+LEAST_CHANGE = 1e-3
 # For slopes at points; float64 rounds them by 1e-12.
 HALF_WIDTH = 5e-5
 
@@ -32,12 +32,7 @@ class MeanSlopeRelu(nn.Module):
         here = inputs.detach()
         if here.dtype == torch.float16:  # float16 cannot represent the number that prevents 0 / 0
             here = here.float()
-        if inputs.is_cuda:
-            slopes = _mean_relu_slopes(here, paired)
-            if self.ceiling > 0:
-                slopes -= _mean_relu_slopes(here - self.ceiling, paired)
-        else:
-            slopes = self.slopes_by_row(here, paired)
+        slopes = self.slopes(here, paired) if inputs.is_cuda else self.slopes_by_row(here, paired)
         outputs = inputs * slopes.to(inputs.dtype)
         if self.ceiling > 0:
             torch.clamp(inputs.detach(), 0.0, self.ceiling, out=outputs.detach())
@@ -49,8 +44,13 @@ class MeanSlopeRelu(nn.Module):
         """The values."""
         return nn.functional.hardtanh(inputs, 0.0, self.ceiling) if self.ceiling > 0 else inputs.relu()
 
+    def slopes(self, here: Tensor, paired: Tensor) -> Tensor:
+        """Slopes of all rows at once; 0 where a paired row's inputs stay."""
+        slopes = _mean_relu_slopes(here, paired)
+        return slopes - _mean_relu_slopes(here - self.ceiling, paired) if self.ceiling > 0 else slopes
+
     def slopes_by_row(self, here: Tensor, paired: Tensor) -> Tensor:
-        """Slopes of each row, 0 where a paired row's values stay. One row after the other fits a processor's cache."""
+        """The same. One row after the other fits a processor's cache."""
         slopes = torch.empty_like(here)
         values = self.values(here[0])
         for row in range(len(here)):
@@ -84,29 +84,31 @@ class MeanSlopeFunction(nn.Module):
         is_image = here.dim() == 4  # in memory as channels_last
         here = (here.permute(0, 2, 3, 1) if is_image else here).contiguous()
         values = self.function(here)
-        slopes = torch.empty_like(here)
-        if inputs.is_cuda:  # all rows at once, and no shape that depends on the data: these operators are captured
-            is_paired = torch.cat((paired[:-1], paired[:1].logical_not())).view([-1] + [1] * (here.dim() - 1))
-            changes = torch.where(is_paired, here.roll(-1, 0) - here, 0.0)
-            quotients = (values.roll(-1, 0) - values) / changes
-            slopes = torch.where(changes.abs() < self.least_change, self.derivative(here + 0.5 * changes), quotients)
-        else:  # row by row, in the processor's cache
-            for row in range(len(here)):
-                if row + 1 < len(here) and bool(paired[row]):
-                    self.write_slopes(here[row], here[row + 1], values[row + 1] - values[row], slopes[row])
-                else:
-                    slopes[row] = self.derivative(here[row])
+        slopes = self.slopes(here, values, paired) if inputs.is_cuda else self.slopes_by_row(here, values, paired)
         if is_image:
             slopes, values = slopes.permute(0, 3, 1, 2), values.permute(0, 3, 1, 2)
         return with_value(inputs * slopes.to(inputs.dtype), values)
 
-    def write_slopes(self, here: Tensor, following: Tensor, rises: Tensor, slopes: Tensor) -> None:
-        """Write the mean slopes between two rows into ``slopes``; ``rises`` are the changes of the values."""
-        changes = following - here
-        torch.div(rises, changes, out=slopes)
-        small = (changes.abs() < self.least_change).view(-1).nonzero()[:, 0]
-        middle = here.view(-1)[small] + 0.5 * changes.view(-1)[small]
-        slopes.view(-1).index_copy_(0, small, self.derivative(middle))
+    def slopes(self, here: Tensor, values: Tensor, paired: Tensor) -> Tensor:
+        """Slopes of all rows at once. No shape depends on the data, so that a graph of a GPU can be captured."""
+        is_paired = torch.cat((paired[:-1], torch.zeros_like(paired[:1]))).view([-1] + [1] * (here.dim() - 1))
+        changes = torch.where(is_paired, here.roll(-1, 0) - here, 0.0)
+        quotients = (values.roll(-1, 0) - values) / changes
+        return torch.where(changes.abs() < self.least_change, self.derivative(here + 0.5 * changes), quotients)
+
+    def slopes_by_row(self, here: Tensor, values: Tensor, paired: Tensor) -> Tensor:
+        """The same. One row after the other fits a processor's cache."""
+        slopes = torch.empty_like(here)
+        for row in range(len(here)):
+            if row + 1 == len(here) or not bool(paired[row]):
+                slopes[row] = self.derivative(here[row])
+                continue
+            changes = here[row + 1] - here[row]
+            torch.sub(values[row + 1], values[row], out=slopes[row]).div_(changes)
+            small = (changes.abs() < self.least_change).view(-1).nonzero()[:, 0]
+            middle = here[row].view(-1)[small] + 0.5 * changes.view(-1)[small]
+            slopes[row].view(-1).index_copy_(0, small, self.derivative(middle))
+        return slopes
 
     def derivative(self, points: Tensor) -> Tensor:
         """The slope at points, as a central difference in float64."""
