@@ -240,6 +240,9 @@ def main() -> None:
     except ExportError as error:
         sys.exit(f"export: {error}")
     print(path.with_name("manifest.json").read_text(), end="")
+    limitation = json.loads(path.with_name("manifest.json").read_text())["limitation"]
+    if limitation:
+        print(f"gradients will be those of points, not discrete ones: {limitation}")
     print(f"wrote {path}")
 
 
