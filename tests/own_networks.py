@@ -36,6 +36,48 @@ class Swapped(Tiny):
         return logits.softmax(1), logits
 
 
+class Gated(nn.Module):
+    """Gates, attention, layer normalisation and GELU behind a convolution."""
+
+    def __init__(self, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, 16, 8, stride=8), nn.BatchNorm2d(16)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+        self.mix = nn.TransformerEncoderLayer(16, 2, 32, 0.0, "gelu", batch_first=True)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = nn.functional.silu(self.norm(self.conv(pixels)))
+        features = features * self.gate(features)
+        logits: Tensor = self.head(self.mix(features.flatten(2).transpose(1, 2)).mean(1))
+        return logits
+
+
+class Grouped(Tiny):
+    """Group normalisation, which has no discrete gradients here."""
+
+    def __init__(self, classes: int = 10, channels: int = 3) -> None:
+        super().__init__(classes, channels)
+        self.groups = nn.GroupNorm(2, 8)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.groups(self.conv(pixels)).relu().mean((2, 3)))
+        return logits
+
+
+class Sequence(nn.Module):
+    """Takes the images of a batch for the steps of a sequence."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.memory, self.head = nn.LSTM(3 * 16 * 16, 8), nn.Linear(8, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features, _ = self.memory(nn.functional.adaptive_avg_pool2d(pixels, 16).flatten(1))
+        logits: Tensor = self.head(features)
+        return logits
+
+
 class Flat(nn.Module):
     """A perceptron for images of 32 x 32 pixels; its weights lie under ``model.``, and that is no wrapper's prefix."""
 
@@ -72,6 +114,10 @@ def noisy() -> nn.Module:
 
 def flat() -> nn.Module:
     return Flat()
+
+
+def sequence() -> nn.Module:
+    return Sequence()
 
 
 def four_channels() -> nn.Module:

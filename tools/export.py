@@ -34,7 +34,6 @@ from tools.torchscript.served_classifier import (
     DiscreteGradientClassifier,
     HoistableClassifier,
     ScriptingError,
-    build_served,
     script,
 )
 from tools.triton.config_shapes import write_configs
@@ -64,11 +63,10 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
     path = repository / "classifier" / "1" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     input_shape = source.preprocessing.input_shape
-    served = build_served(source.module, input_shape)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
         try:
-            difference = script(served, source.module, input_shape, written)
+            served, difference = script(source.module, input_shape, written)
         except ScriptingError as error:
             raise ExportError(f"{error}; nothing was written") from None
         model_sha256 = sha256_of(written)
@@ -91,7 +89,7 @@ def export(source: Source, repository: Path = MODEL_REPOSITORY, automatic: bool 
         # The model last: if it exists, so do its labels and its manifest, and the configs fit it.
         write_configs(repository, source.preprocessing)
         _replace_calibration(source, path.parent, model_sha256)
-        labels = "".join(f"{label}\n" for label in source.labels)
+        labels = "".join(f"{' '.join(label.split())}\n" for label in source.labels)
         for model in filter(Path.is_dir, (repository / name for name in LABELLED_MODELS)):
             (model / "labels.txt").write_text(labels)
         (path.parent / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -242,7 +240,7 @@ def main() -> None:
     print(path.with_name("manifest.json").read_text(), end="")
     limitation = json.loads(path.with_name("manifest.json").read_text())["limitation"]
     if limitation:
-        print(f"gradients will be those of points, not discrete ones: {limitation}")
+        print(f"gradients are taken at points, without discrete gradients: {limitation}")
     print(f"wrote {path}")
 
 

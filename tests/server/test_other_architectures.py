@@ -25,6 +25,7 @@ from path_density import FILE_NAME
 from PIL import Image
 
 from explain_client import ExplainClient, RefusedError
+from tools.bench.architectures import ARCHITECTURES
 from tools.classifiers.loading import load_source
 from tools.classifiers.source import Source
 from tools.export import EXPORTED_FILES, export, read_manifest
@@ -79,21 +80,7 @@ def check_explanation(triton, source: Source, image: Image.Image, baseline: str 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "resnet18",
-        "vgg11",
-        "densenet121",
-        "mobilenet_v3_small",
-        "efficientnet_b0",
-        "regnet_y_400mf",
-        "convnext_tiny",
-        "vit_b_16",
-        "timm:resnet26d",
-        "lite0",
-    ],
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_is_served_and_explained(tmp_path: Path, architecture: str) -> None:
     if architecture == "lite0":
         source = load_source("lite0")
@@ -121,16 +108,16 @@ def test_an_architecture_is_served_and_explained(tmp_path: Path, architecture: s
 
 
 OWN_SIZES = {
-    "128 x 128": Preprocessing(146, (128, 128)),
-    "grey, 96 x 160": Preprocessing((96, 160), (96, 160), "bicubic", (0.5,), (0.25,)),
+    "128 x 128": (own_networks.Gated, Preprocessing(146, (128, 128))),
+    "grey, 96 x 160": (own_networks.Tiny, Preprocessing((96, 160), (96, 160), "bicubic", (0.5,), (0.25,))),
 }
 
 
 @pytest.mark.parametrize("name", OWN_SIZES)
 def test_a_network_is_served_at_its_own_size(tmp_path: Path, name: str) -> None:
-    preprocessing = OWN_SIZES[name]
+    make, preprocessing = OWN_SIZES[name]
     channels, height, width = shape = preprocessing.input_shape
-    module = own_networks.seeded(own_networks.Tiny(5, channels))
+    module = own_networks.seeded(make(5, channels))
     source = Source(module, list("abcde"), "tiny", "somebody's", preprocessing=preprocessing)
     # As large as the input, so that no resizing differs from Pillow's in a rounding.
     image = scene_image(0, 300).resize((width, height))
@@ -144,6 +131,8 @@ def test_a_network_is_served_at_its_own_size(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(answer["SALIENCY"][0], answer["ATTRIBUTIONS"][0].sum(0), rtol=1e-4, atol=1e-6)
         blurred = infer(triton, [encode(image)], baseline="blur", n_steps=STEPS)
         assert blurred["ATTRIBUTIONS"].shape == (1, *shape)
+        refined = infer(triton, [encode(image)], tolerance=0.1)
+        assert abs(refined["CONVERGENCE_DELTA"][0, 0]) <= 1e-4 * np.abs(refined["ATTRIBUTIONS"]).sum()
         heard = Stream(server, [encode(image)], [3], n_steps=STEPS).hear()
         assert heard.error is None
         assert relative_distance(heard.responses[-1]["ATTRIBUTIONS"], answer["ATTRIBUTIONS"]) <= 1e-5

@@ -233,7 +233,7 @@ def test_noise_samples_are_seeded_and_averaged(served_module):
     [
         "resnet18",
         "mobilenet_v3_small",
-        "densenet121",
+        pytest.param("densenet121", marks=pytest.mark.slow),
         pytest.param("vgg11", marks=pytest.mark.slow),
         pytest.param("vit_b_16", marks=pytest.mark.slow),
     ],

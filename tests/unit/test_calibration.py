@@ -13,6 +13,7 @@ from attribution_job import Job
 from classifier_files import Preprocessing
 from conftest import relative_distance, scene_pixels, untrained
 from error_law import ErrorLaw
+from own_networks import Grouped, seeded
 from path_density import CalibrationError, PathDensity
 
 from tools.calibrate import LAW_STEPS, fit_law, gradient_change, load_folder
@@ -134,11 +135,17 @@ def job_of_one(module):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "has_mean_slopes"),
-    [("mobilenet_v2", True), ("squeezenet1_1", True), ("mobilenet_v3_small", True), ("swin_t", False)],
+    ("make", "has_mean_slopes"),
+    [
+        (lambda: untrained("mobilenet_v2", 5), True),
+        (lambda: untrained("squeezenet1_1", 5), True),
+        (lambda: untrained("mobilenet_v3_small", 5), True),
+        (lambda: seeded(Grouped(5)), False),
+    ],
+    ids=["mobilenet_v2", "squeezenet1_1", "mobilenet_v3_small", "group normalisation"],
 )
-def test_discrete_gradients_where_every_operator_has_one(architecture, has_mean_slopes):
-    module = torch.jit.script(build_served(untrained(architecture, 5), (3, 224, 224)))
+def test_discrete_gradients_where_every_operator_has_one(make, has_mean_slopes):
+    module = torch.jit.script(build_served(make(), (3, 224, 224)))
     assert hasattr(module, "mean_slope_tail") == has_mean_slopes
     engine = AttributionEngine(module.double(), density=flat_density())
     image = scene_pixels(0).double()

@@ -93,11 +93,11 @@ def test_another_shape_than_the_configs_is_refused_in_one_sentence(tmp_path, pre
         ({**SETTINGS, "std": "1, 1"}, SHAPE, "the setting std must be 3 comma-separated numbers, not '1, 1'"),
         ({**SETTINGS, "mean": "a, b, c"}, SHAPE, "the setting mean must be 3 comma-separated numbers, not 'a, b, c'"),
         ({**SETTINGS, "resize": "big"}, SHAPE, "the setting resize must be 1 or 2 comma-separated integers, not 'big'"),
-        ({**SETTINGS, "resize": "200"}, SHAPE, "the setting resize must be at least the input of 224 x 224, not '200'"),
+        ({**SETTINGS, "resize": "200"}, SHAPE, "the setting resize must be at least the input of 224 x 224, not 200"),
         (
             {**SETTINGS, "resize": "300, 200"},
             SHAPE,
-            "the setting resize must be at least the input of 224 x 224, not '300, 200'",
+            "the setting resize must be at least the input of 224 x 224, not 300 x 200",
         ),
         (
             {**SETTINGS, "interpolation": "magic"},

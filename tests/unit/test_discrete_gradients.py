@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tools.torchscript.discrete_gradients import add_discrete_gradients
 from tools.torchscript.exported_graph import trace
+from tools.torchscript.mean_products import MeanLayerNorm, MeanSoftmax
 from tools.torchscript.mean_slopes import MeanSlopeFunction, MeanSlopeMaxPool, MeanSlopeRelu
 from tools.torchscript.served_classifier import build_served
 
@@ -280,6 +281,30 @@ def test_a_functions_slopes_are_the_same_at_once_and_by_row(first_is_paired: boo
     slopes = function.slopes(here, values, paired)
     torch.testing.assert_close(slopes, function.slopes_by_row(here, values, paired), rtol=0, atol=1e-12)
     assert slopes.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("module", "spread"), [(MeanSoftmax(-1), 15.0), (MeanLayerNorm([8], 1e-6), 15.0), (MeanLayerNorm([8], 1e-6), 1e-3)]
+)
+def test_float16_does_not_overflow_where_rows_are_far_apart_or_flat(module: nn.Module, spread: float) -> None:
+    inputs = (spread * random(4, 3, 8)).half().requires_grad_()
+    constants = (None, None) if isinstance(module, MeanLayerNorm) else ()
+    outputs = module(inputs, *constants, torch.tensor([True, True, True, False]))
+    (gradients,) = torch.autograd.grad((outputs.float() * random(4, 3, 8).float()).sum(), inputs)
+    assert outputs.isfinite().all()
+    assert gradients.isfinite().all()
+
+
+def test_a_masked_softmax_accounts_for_the_whole_change() -> None:
+    inputs = random(2, 3, 6)
+    inputs[..., 4:] = -torch.inf
+    inputs.requires_grad_()
+    values = MeanSoftmax(-1)(inputs, PAIR)
+    torch.testing.assert_close(values, inputs.softmax(-1))
+    weights = random(3, 6, seed=4)
+    (gradient,) = torch.autograd.grad((values[0] * weights).sum(), inputs)
+    step = (inputs[1] - inputs[0]).detach().nan_to_num()
+    torch.testing.assert_close((gradient[0] * step).sum(), (weights * values.diff(dim=0)[0]).sum(), rtol=0, atol=1e-12)
 
 
 class Places(nn.Module):

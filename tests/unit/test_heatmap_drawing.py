@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from classifier_files import Preprocessing
-from heatmap_drawing import SMOOTHING_SHARE, draw_heatmap, pictures
+from heatmap_drawing import draw_heatmap, pictures
 from heatmap_parameters import parse_parameters
 from PIL import Image
 from request_parameters import ParameterError
@@ -75,10 +75,6 @@ def test_a_heatmap_is_as_large_as_its_image(size, polarity, overlay):
     parameters = parse_parameters({"polarity": polarity, "overlay": overlay})
     file = draw_heatmap(np.zeros((*size, 3), np.uint8), relevance, parameters)
     assert np.asarray(Image.open(io.BytesIO(file))).shape == (*size, 3)
-
-
-def test_the_smoothing_is_1_5_pixels_at_224():
-    assert 224 * SMOOTHING_SHARE == 1.5
 
 
 @pytest.mark.parametrize("size", [112, 448])

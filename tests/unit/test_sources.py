@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from own_networks import Flat, Noisy, Swapped, Tiny, TwoOutputs, seeded
+from own_networks import Flat, Noisy, Sequence, Swapped, Tiny, TwoOutputs, seeded
 from torch import nn
 
 from tools import export
@@ -265,9 +265,9 @@ BAD = {
     "a JPEG": (
         lambda file: file.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(99)),
         {},
-        rf"{FILE} is no file of weights: give a state dict .*, a TorchScript file or a torch\.export program",
+        rf"{FILE} is not a weights file: give a state dict .*, a TorchScript file or a torch\.export program",
     ),
-    "text": (lambda file: file.write_text("hello\nworld\n"), {}, rf"{FILE} is no file of weights"),
+    "text": (lambda file: file.write_text("hello\nworld\n"), {}, rf"{FILE} is not a weights file"),
     "a pointer of Git LFS": (
         lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         {},
@@ -283,6 +283,17 @@ BAD = {
         lambda file: file.with_suffix(".safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
         {"suffix": ".safetensors"},
         r"weights\.safetensors is not a whole safetensors file .*: save or copy it again",
+    ),
+    "safetensors without weights": (
+        lambda file: safetensors.torch.save_file({}, file.with_suffix(".safetensors")),
+        {"suffix": ".safetensors"},
+        r"weights\.safetensors holds no weights: save network\.state_dict\(\)",
+    ),
+    "averages without weights": (saved(lambda: {"n_averaged": torch.tensor(3)}), {}, rf"{FILE} "),
+    "images for steps of a sequence": (
+        saved(lambda: seeded(Sequence()).state_dict()),
+        {"architecture": "own_networks:sequence"},
+        r"for the image alone: save it after .*, with the batch as its first dimension",
     ),
     "a pickled network": (
         saved(lambda: Tiny()),
@@ -390,7 +401,7 @@ BAD = {
     "chance": (
         saved(lambda: seeded(Noisy()).state_dict()),
         {"architecture": "own_networks:noisy"},
-        r"beside another than for it alone: save it after \.eval\(\), without dropout",
+        r"gives other logits for an image in a batch than for the image alone: save it after \.eval\(\), without drop",
     ),
     "probabilities": (
         scripted(nn.Sequential(Tiny(), nn.Softmax(1))),
@@ -452,7 +463,7 @@ BAD = {
     "labels that are no text": (
         None,
         {"labels": b"\xff\xfe\x00\xd8"},
-        r"^--labels \S+labels\.txt is no text in UTF-8: give one class name a line$",
+        r"^--labels \S+labels\.txt is not UTF-8 text: give one class name a line$",
     ),
     "too few labels": (
         saved(lambda: Tiny().state_dict()),

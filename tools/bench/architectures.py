@@ -43,7 +43,7 @@ from tools.evaluation.measuring import (
 )
 from tools.imagenet.photographs import CALIBRATION, HELD_OUT, crops, view
 from tools.paths import OUTPUTS
-from tools.torchscript.served_classifier import build_served, script
+from tools.torchscript.served_classifier import script
 
 ARCHITECTURES = (
     "lite0",
@@ -95,8 +95,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         target = int(network(image[None]).argmax())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.pt"
-        served = build_served(network, preprocessing.input_shape)
-        script(served, network, preprocessing.input_shape, file)
+        served, _ = script(network, preprocessing.input_shape, file)
         cpu = torch.device("cpu")
         engine = build_engine(load_classifier(file, cpu), cpu, preprocessing.input_shape)
 

@@ -134,7 +134,7 @@ def timm_module() -> ModuleType:
 
 
 def input_channels(network: nn.Module) -> int | None:
-    """Channels of the first convolution of an eager network; None if there is none."""
+    """Channels of the first convolution that an eager network has; None if there is none."""
     return next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
 
 
@@ -180,7 +180,7 @@ def _of_network(architecture: str, network: nn.Module, tensors: dict[str, Tensor
     own = network.state_dict().keys()
     # torch.optim.swa_utils counts its averages beside the weights.
     state = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
-    while own.isdisjoint(state):
+    while state and own.isdisjoint(state):
         prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
         if prefix is None:
             break

@@ -79,13 +79,22 @@ def read(path: Path) -> StateDict | Program:
         raise ExportError(f"{shown(path)} is a pointer of Git LFS, not the weights: run git lfs pull")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    names = {PurePosixPath(member).name for member in members}
-    if "constants.pkl" in names:
+    parts = {part for member in _members(path) for part in PurePosixPath(member).parts}
+    if "constants.pkl" in parts:
         return _read_torchscript(path)
-    if names & {"archive_format", "serialized_exported_program.json"}:
+    if "aotinductor" in parts:
+        raise ExportError(f"{shown(path)} holds compiled code: export it without compiling it")
+    if parts & {"archive_format", "serialized_exported_program.json"}:
         return _read_exported(path)
     return _read_pickle(path, beginning)
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return []
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -96,14 +105,18 @@ def _read_safetensors(path: Path) -> StateDict:
         if {"classes", "training"} <= facts.keys():
             state, classes = load_dequantized(path)
             return StateDict(state, list(classes))
-        return StateDict(load_file(path))
+        state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(
             f"{shown(path)} is not a whole safetensors file ({reason(error)}): save or copy it again"
         ) from None
+    if not state:
+        raise ExportError(f"{shown(path)} holds no weights: save network.state_dict()")
+    return StateDict(state)
 
 
 def _read_torchscript(path: Path) -> Program:
+    print(f"{shown(path)} is TorchScript, which is code that must be yours or trusted", flush=True)
     try:
         return Program(torch.jit.load(str(path), map_location="cpu").eval(), "TorchScript")
     except RuntimeError as error:
@@ -114,8 +127,9 @@ def _read_torchscript(path: Path) -> Program:
 
 
 def _read_exported(path: Path) -> Program:
+    print(f"{shown(path)} is a torch.export program, which is code that must be yours or trusted", flush=True)
     try:
-        with _no_pickled_code():
+        with no_pickled_code():
             program = torch.export.load(path)
     except Exception as error:  # whatever a reader of archives raises
         raise ExportError(
@@ -129,7 +143,7 @@ def _read_exported(path: Path) -> Program:
 
 
 @contextmanager
-def _no_pickled_code() -> Iterator[None]:
+def no_pickled_code() -> Iterator[None]:
     """Make every ``torch.load`` one of weights only, for ``torch.export.load`` would run pickled code; log nothing."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
@@ -162,7 +176,7 @@ def _read_pickle(path: Path, beginning: bytes) -> StateDict:
         if beginning[:2] == b"PK" or beginning[:1] == b"\x80":
             raise ExportError(f"{name} is truncated or damaged: save or copy it again") from None
         raise ExportError(
-            f"{name} is no file of weights: give a state dict (torch.save or safetensors), a TorchScript file or a "
+            f"{name} is not a weights file: give a state dict (torch.save or safetensors), a TorchScript file or a "
             "torch.export program"
         ) from None
     levels = [held] if isinstance(held, Mapping) else []

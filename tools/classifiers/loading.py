@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from classifier_files import Preprocessing
 
 from tools.classifiers import architectures, checkpoint_files
 from tools.classifiers.architectures import TIMM
+from tools.classifiers.checkpoint_files import no_pickled_code
 from tools.classifiers.logits import with_logits
 from tools.classifiers.messages import reason, shown, suggestion
 from tools.classifiers.preprocessing import Overrides, of_timm, of_torchvision
@@ -56,13 +59,10 @@ def load_source(
     if weights == "lite0":
         source = _load_lite0()
     else:
-        architectures.check_name(architecture)
-        if weights == "imagenet":
-            source = _load_imagenet(architecture)
-        elif weights == "pretrained":
-            source = _load_pretrained(architecture)
-        else:
-            source = _load_file(weights, architecture)
+        if not Path(weights).exists():  # a file that holds code needs no architecture
+            architectures.check_name(architecture)
+        load = {"imagenet": _load_imagenet, "pretrained": _load_pretrained}.get(weights)
+        source = load(architecture) if load else _load_file(weights, architecture)
     source = _with_input_and_logits(source, overrides, name)
     if labels is None:
         return source
@@ -89,19 +89,15 @@ def _load_imagenet(architecture: str) -> Source:
     if not architectures.is_torchvision(architecture):
         advice = "--weights pretrained" if architecture.startswith(TIMM) else "the path of its file as --weights"
         raise ExportError(f"imagenet names weights of torchvision, but --arch is {architecture}: give {advice}")
-    known = torchvision.models.get_model_weights(architecture)
-    weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision itself waits for ever
+    weights = _usual_weights(architecture)
     try:
-        module = torchvision.models.get_model(architecture, weights=weights)
+        with _patience(), no_pickled_code():
+            module = torchvision.models.get_model(architecture, weights=weights)
     except (OSError, RuntimeError) as error:
         raise DownloadError(
             f"the ImageNet weights of {architecture} could not be fetched from {weights.url} ({reason(error)}): fetch "
             "that file elsewhere and give its path as --weights, or --weights lite0, which needs no network"
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
     labels = list(weights.meta["categories"])
     fetched = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     sha256 = sha256_of(fetched) if fetched.is_file() else None
@@ -120,11 +116,10 @@ def _load_pretrained(architecture: str) -> Source:
     if config is None or not config.has_weights:
         near = suggestion(name, {each.partition(".")[0]: None for each in timm.list_pretrained()})
         raise ExportError(f"timm has no weights of {name}{near or ': give the path of a file'}")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
-        _ask_for(config)
-        network = architectures.build(architecture, pretrained=True)
+        with _patience():
+            _ask_for(config)
+            network = architectures.build(architecture, pretrained=True)
     except ExportError:
         raise
     except Exception as error:  # the errors of several download clients
@@ -132,13 +127,28 @@ def _load_pretrained(architecture: str) -> Source:
             f"timm's weights of {name} could not be fetched ({reason(error)}): fetch them elsewhere and give the file "
             f"as --weights with --arch {architecture}"
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
     if not getattr(network, "num_classes", 1):
         raise ExportError(f"timm's weights of {name} have no classes: give a classifier, or a file that you fine-tuned")
     subset = timm.data.infer_imagenet_subset(network)
     labels = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
     return Source(network, labels, architecture, f"timm {name}", None, "pretrained", of_timm(network))
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Give up a server that does not answer: download clients wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _usual_weights(architecture: str) -> Any:
+    """torchvision's first weights of ImageNet, from which most networks were fine-tuned."""
+    known = torchvision.models.get_model_weights(architecture)
+    return getattr(known, "IMAGENET1K_V1", known.DEFAULT)
 
 
 def _ask_for(config: Any) -> None:
@@ -173,7 +183,7 @@ def _load_file(weights: str, architecture: str) -> Source:
     labels, own = held.class_names or [], Preprocessing()
     if architectures.is_torchvision(architecture):
         published = _published_weights(architecture, sha256)
-        own = of_torchvision(published or torchvision.models.get_model_weights(architecture).DEFAULT)
+        own = of_torchvision(published or _usual_weights(architecture))
         labels = list(published.meta["categories"]) if published else labels
     elif hasattr(module, "pretrained_cfg"):
         own = of_timm(module)
@@ -188,8 +198,9 @@ def _published_weights(architecture: str, sha256: str) -> Any | None:
 
 def _with_input_and_logits(source: Source, overrides: Overrides, name: str) -> Source:
     """The source with its preprocessing settled, logits alone as output, and a label for each class."""
-    known = architectures.input_channels(source.module) or len(overrides.mean or overrides.std or ())
-    # A file of code does not always say how many channels its images have: RGB or grey.
+    first = architectures.input_channels(source.module)
+    known = first if first in (1, 3) else len(overrides.mean or overrides.std or ())
+    # Neither a file of code nor the order of a network's layers says how many channels its images have: RGB or grey.
     candidates = (known,) if known else (3, 1) if len(source.preprocessing.mean) == 3 else (1,)
     errors = []
     for channels in candidates:
@@ -200,6 +211,8 @@ def _with_input_and_logits(source: Source, overrides: Overrides, name: str) -> S
         except ExportError as error:
             errors.append(error)
     else:
+        if first not in (None, 1, 3):
+            overrides.applied_to(source.preprocessing, first, name)  # refuses them
         raise errors[0]
     labels = source.labels if len(source.labels) == classes else [f"class {index}" for index in range(classes)]
     return replace(source, module=module, labels=labels, preprocessing=preprocessing)
@@ -211,7 +224,7 @@ def _read_labels(file: Path) -> list[str]:
     except OSError as error:
         raise ExportError(f"--labels {shown(file)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ExportError(f"--labels {shown(file)} is no text in UTF-8: give one class name a line") from None
+        raise ExportError(f"--labels {shown(file)} is not UTF-8 text: give one class name a line") from None
 
 
 def _siblings(path: Path) -> list[Path]:

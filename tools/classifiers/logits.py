@@ -42,7 +42,7 @@ def with_logits(module: nn.Module, input_shape: tuple[int, int, int], name: str)
     pixels = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     shape = " x ".join(map(str, input_shape))
     try:
-        alone = module(pixels[:1])
+        alone = [module(pixels[:1]), module(pixels[1:])]
     except Exception as error:  # a network may raise anything
         raise ExportError(
             f"{name} fails on an image of {shape} ({reason(error)}): give the --size that it takes, or one value of "
@@ -55,7 +55,7 @@ def with_logits(module: nn.Module, input_shape: tuple[int, int, int], name: str)
             f"{name} takes one image of {shape} but not two: export it with a dynamic first dimension"
         ) from None
     if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and _is_scores(outputs[0]) and _is_scores(outputs[1]):
-        module, alone, (outputs, probabilities) = FirstOutput(module), alone[0], outputs
+        module, alone, (outputs, probabilities) = FirstOutput(module), [each[0] for each in alone], outputs
         if outputs.shape != probabilities.shape or not _near(probabilities, outputs.softmax(dim=1)):
             raise ExportError(
                 f"{name} has two outputs of which the second is not the softmax of the first: save it with the outputs "
@@ -75,10 +75,10 @@ def with_logits(module: nn.Module, input_shape: tuple[int, int, int], name: str)
         raise ExportError(
             f"{name} gives probabilities, which sum to 1: save it without its softmax, so that it gives logits"
         )
-    if not _near(outputs[:1], alone):
+    if not _near(outputs, torch.cat(alone)):
         raise ExportError(
-            f"{name} answers otherwise for an image beside another than for it alone: save it after .eval(), without "
-            "dropout"
+            f"{name} gives other logits for an image in a batch than for the image alone: save it after .eval(), "
+            "without dropout, with the batch as its first dimension"
         )
     return module, outputs.shape[1]
 

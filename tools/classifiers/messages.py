@@ -1,4 +1,4 @@
-"""Words of the messages about sources."""
+"""Formats error messages."""
 
 from __future__ import annotations
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from classifier_files import Preprocessing
+from classifier_files import INTERPOLATIONS, Preprocessing
 
 from tools.classifiers.messages import either, in_brief, suggestion
 from tools.classifiers.source import ExportError
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Options of `tools/export` that change the preprocessing.
 OPTIONS = ("size", "resize", "interpolation", "mean", "std")
 # Largest side of an input or a resized image.

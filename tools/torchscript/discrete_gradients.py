@@ -57,6 +57,7 @@ AFFINE = {
     aten.mul.Scalar,
     aten.add.Scalar,
     aten.sub.Scalar,
+    aten.rsub.Scalar,
     aten.dropout.default,
 }
 # Affine in all their arguments together.
@@ -111,7 +112,7 @@ def is_affine(node: Node, changing: set[Node]) -> bool:
 def is_batch_first(node: Node, features: Node) -> bool:
     """Whether each row of a node's value belongs to the same row of ``features``."""
     value = node.meta["val"]
-    return value.dim() > 0 and str(value.shape[0]) == str(features.meta["val"].shape[0])
+    return isinstance(value, Tensor) and value.dim() > 0 and str(value.shape[0]) == str(features.meta["val"].shape[0])
 
 
 def add_discrete_gradients(network: GraphModule) -> str:
@@ -155,7 +156,7 @@ def _replacement(node: Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
     if operator_ == aten.relu.default:
         return MeanSlopeRelu(), node.args[:1]
     if operator_ == aten.relu6.default or (operator_ == aten.hardtanh.default and given.get("min_val") == 0):
-        return MeanSlopeRelu(float(given.get("max_val", 6))), node.args[:1]
+        return MeanSlopeRelu(6.0 if operator_ == aten.relu6.default else float(given.get("max_val", 1))), node.args[:1]
     if operator_ in FUNCTIONS:
         return MeanSlopeFunction(_function_module(operator_, node)), node.args[:1]
     if operator_ == aten.max_pool2d.default:
@@ -166,7 +167,7 @@ def _replacement(node: Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
         return MeanSlopeMaxPool(kernel, stride, padding, dilation, bool(given.get("ceil_mode"))), node.args[:1]
     if operator_ in PRODUCTS:
         return MeanProduct(PRODUCTS[operator_]), node.args[:2]
-    if operator_ == aten.softmax.int:
+    if operator_ == aten.softmax.int and given.get("dtype") is None:
         return MeanSoftmax(given["dim"]), node.args[:1]
     if operator_ == aten.layer_norm.default:
         module = MeanLayerNorm(list(given["normalized_shape"]), given.get("eps", 1e-5))

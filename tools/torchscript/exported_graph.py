@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from tools.classifiers.messages import reason
+
 aten = torch.ops.aten
 
 # Images in the example that a network is traced with: PyTorch takes sizes of 0 and 1 for constants.
@@ -36,14 +38,17 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> GraphModule:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         traced = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:  # torch.export raises whatever the network's code stumbles over
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if reason.startswith("Constraints violated"):
-            reason = "it takes the number of images for a constant, as len(images) does; images.shape[0] is none"
-        raise TracingError(reason) from None
+        why = reason(error)
+        if why.startswith("Constraints violated"):
+            why = "its code fixes the batch size: use images.shape[0] instead of len(images)"
+        raise TracingError(why) from None
     assert isinstance(traced, GraphModule)
     network = _flatten(traced)
     _simplify(network)
     _fold_constants(network)
+    for node in network.graph.nodes:
+        if node.kwargs.get("device") is not None:
+            raise TracingError(f"{node.target} makes a tensor on a fixed device")
     _fold_batch_norms(network)
     finish(network)
     return network
@@ -105,6 +110,12 @@ def _simplify(network: GraphModule) -> None:
         if node.target in (aten.clone.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
+        elif node.target == aten._assert_tensor_metadata.default:
+            network.graph.erase_node(node)  # of the example
+        elif node.target in (aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+            if node.meta["val"].dtype == node.args[0].meta["val"].dtype:
+                node.replace_all_uses_with(node.args[0])
+                network.graph.erase_node(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
         elif node.target == aten._native_batch_norm_legit_no_training.default:
@@ -140,14 +151,14 @@ def _fold_batch_norms(network: GraphModule) -> None:
         if norm.target != aten.batch_norm.default:
             continue
         convolution, (weight, bias, mean, variance), epsilon = norm.args[0], norm.args[1:5], norm.args[7]
-        if convolution.target != aten.conv2d.default or len(convolution.users) > 1:
+        if convolution.target != aten.conv2d.default or len(convolution.users) > 1 or convolution.kwargs:
             continue
-        kernel = weight_of(network, convolution.args[1])
-        values = [weight_of(network, node) for node in (weight, bias, mean, variance)]
-        if kernel is None or values[2] is None or values[3] is None:
-            continue
-        bias_before = weight_of(network, convolution.args[2]) if len(convolution.args) > 2 else None
-        folded = fuse_conv_bn_weights(kernel, bias_before, values[2], values[3], epsilon, values[0], values[1])
+        given = [*(*convolution.args[1:3], None)[:2], mean, variance, weight, bias]
+        values: list[Any] = [weight_of(network, node) for node in given]
+        if any(value is None and node is not None for node, value in zip(given, values)):
+            continue  # it is computed on the way
+        kernel, bias_before, means, variances, scale, shift = values
+        folded = fuse_conv_bn_weights(kernel, bias_before, means, variances, epsilon, scale, shift)
         with network.graph.inserting_before(convolution):
             nodes = [network.graph.get_attr(add_weight(network, value)) for value in folded]
         convolution.args = (convolution.args[0], *nodes, *convolution.args[3:])

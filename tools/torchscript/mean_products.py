@@ -19,8 +19,7 @@ def next_rows(here: Tensor, paired: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Values without gradient, in float32 if they are float16: sums and squares would overflow there."""
-    values = values.detach()
+    """The same values, in float32 if they are float16: sums, squares and reciprocals would overflow there."""
     return values.float() if values.dtype == torch.float16 else values
 
 
@@ -46,7 +45,10 @@ class MeanProduct(nn.Module):
 
 
 class MeanSoftmax(nn.Module):
-    """Softmax as a product of exponentials and the reciprocal of their sum."""
+    """Softmax p of x: dp = m (dx - sum(m dx) / sum(m)), where m are the logarithmic means of p here and there.
+
+    The logarithm of p changes by dx minus a number that is the same for all of a row, and the changes of p add up to 0.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -56,19 +58,14 @@ class MeanSoftmax(nn.Module):
         """``inputs`` [n, ...]; ``paired`` bool [n]; None if no row is paired."""
         if paired is None:
             return inputs.softmax(self.dim)
-        here = _wide(inputs)
+        here = _wide(inputs.detach()).log_softmax(self.dim)
         following = next_rows(here, paired)
-        top = torch.maximum(here.amax(self.dim, keepdim=True), following.amax(self.dim, keepdim=True))
-        low, high = (here - top).exp(), (following - top).exp()
-        # (high - low) / (following - here), without cancellation
-        distance = (following - here).abs() + 1e-30
-        slopes = torch.maximum(low, high) * -torch.expm1(-distance) / distance
-        reciprocal, next_reciprocal = 1 / low.sum(self.dim, keepdim=True), 1 / high.sum(self.dim, keepdim=True)
-        exponentials = inputs * slopes.to(inputs.dtype)
-        total = exponentials.sum(self.dim, keepdim=True)
-        outputs = exponentials * (0.5 * (reciprocal + next_reciprocal)).to(inputs.dtype)
-        outputs = outputs - total * (0.5 * (low + high) * reciprocal * next_reciprocal).to(inputs.dtype)
-        return with_value(outputs, inputs.detach().softmax(self.dim))
+        # Both are minus infinity where a mask is.
+        distance = (following - here).abs().nan_to_num(nan=0.0) + 1e-30
+        means = torch.maximum(here, following).exp() * -torch.expm1(-distance) / distance
+        moved = _wide(inputs) * means
+        outputs = moved - moved.sum(self.dim, keepdim=True) * (means / means.sum(self.dim, keepdim=True))
+        return with_value(outputs.to(inputs.dtype), inputs.detach().softmax(self.dim))
 
 
 class MeanLayerNorm(nn.Module):
@@ -84,23 +81,23 @@ class MeanLayerNorm(nn.Module):
         """``inputs`` [n, ..., *normalized_shape]; ``paired`` bool [n]; None if no row is paired."""
         if paired is None:
             return nn.functional.layer_norm(inputs, self.normalized_shape, weight, bias, self.epsilon)
-        centred = inputs - inputs.mean(self.dims, keepdim=True)
-        here = _wide(centred)
+        wide = _wide(inputs)
+        centred = wide - wide.mean(self.dims, keepdim=True)
+        here = centred.detach()
         following = next_rows(here, paired)
         deviation = (here.square().mean(self.dims, keepdim=True) + self.epsilon).sqrt()
         next_deviation = (following.square().mean(self.dims, keepdim=True) + self.epsilon).sqrt()
         middle = 0.5 * (here + following)
         # 1 / sqrt(variance) changes by this times the change of the variance.
         slope = -1 / (deviation * next_deviation * (deviation + next_deviation))
-        variance = (centred * (2 * middle).to(inputs.dtype)).mean(self.dims, keepdim=True)
-        scale = 0.5 * (1 / deviation + 1 / next_deviation)
-        outputs = centred * scale.to(inputs.dtype) + variance * (slope * middle).to(inputs.dtype)
+        variance = (centred * (2 * middle)).mean(self.dims, keepdim=True)
+        outputs = centred * (0.5 * (1 / deviation + 1 / next_deviation)) + variance * (slope * middle)
         if weight is not None:
             outputs = outputs * weight
         if bias is not None:
             outputs = outputs + bias
         values = nn.functional.layer_norm(inputs.detach(), self.normalized_shape, weight, bias, self.epsilon)
-        return with_value(outputs, values)
+        return with_value(outputs.to(inputs.dtype), values)
 
 
 class MeanAttention(nn.Module):

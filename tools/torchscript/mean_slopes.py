@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Least change of a function's argument for which its mean slope is a quotient. Float32's rounding is then at most 1e-4
-# of the value. Where the argument changes less, the slope in the middle stands for the mean.
+# Least change of a function's argument for which its mean slope is a quotient, times the function's value if that is
+# above 1. The rounding of float32 is then below 1e-4 of the slope. Where the argument changes less, the slope in the
+# middle stands for the mean.
 LEAST_CHANGE = 1e-3
 # For slopes at points; float64 rounds them by 1e-12.
 HALF_WIDTH = 5e-5
@@ -94,7 +95,8 @@ class MeanSlopeFunction(nn.Module):
         is_paired = torch.cat((paired[:-1], torch.zeros_like(paired[:1]))).view([-1] + [1] * (here.dim() - 1))
         changes = torch.where(is_paired, here.roll(-1, 0) - here, 0.0)
         quotients = (values.roll(-1, 0) - values) / changes
-        return torch.where(changes.abs() < self.least_change, self.derivative(here + 0.5 * changes), quotients)
+        is_small = changes.abs() < values.abs().clamp_min(1.0) * self.least_change
+        return torch.where(is_small, self.derivative(here + 0.5 * changes), quotients)
 
     def slopes_by_row(self, here: Tensor, values: Tensor, paired: Tensor) -> Tensor:
         """The same. One row after the other fits a processor's cache."""
@@ -105,7 +107,8 @@ class MeanSlopeFunction(nn.Module):
                 continue
             changes = here[row + 1] - here[row]
             torch.sub(values[row + 1], values[row], out=slopes[row]).div_(changes)
-            small = (changes.abs() < self.least_change).view(-1).nonzero()[:, 0]
+            is_small = changes.abs() < values[row].abs().clamp_min(1.0) * self.least_change
+            small = is_small.view(-1).nonzero()[:, 0]
             middle = here[row].view(-1)[small] + 0.5 * changes.view(-1)[small]
             slopes[row].view(-1).index_copy_(0, small, self.derivative(middle))
         return slopes

@@ -137,7 +137,10 @@ async def _view(client: AsyncExplainClient) -> View:
     try:
         return await client.view()
     except ExplainError as error:
-        print(f"the server does not say how it crops images, so the report may show others: {error}", file=sys.stderr)
+        print(
+            f"the server does not say how it crops images, so the report may show a different crop: {error}",
+            file=sys.stderr,
+        )
         return DEFAULT_VIEW
 
 

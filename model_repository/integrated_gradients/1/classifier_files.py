@@ -55,15 +55,12 @@ class Preprocessing:
         """
         channels, *crop = input_shape
         mean, std = (_numbers(settings, name, float, (channels,)) for name in ("mean", "std"))
-        resize: int | tuple[int, int] = cls.resize
-        if "resize" in settings:
-            sides = _numbers(settings, "resize", int, (1, 2))
-            resize = sides[0] if len(sides) == 1 else (sides[0], sides[1])
-            least = [min(crop)] if len(sides) == 1 else crop
-            if any(side < size for side, size in zip(sides, least)):
-                raise PreprocessingError(
-                    f"the setting resize must be at least the input of {_shown(crop)}, not {settings['resize']!r}"
-                )
+        sides = _numbers({"resize": str(cls.resize), **settings}, "resize", int, (1, 2))
+        resize = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+        if sides[0] < crop[0] or sides[-1] < crop[1]:
+            raise PreprocessingError(
+                f"the setting resize must be at least the input of {_shown(crop)}, not {_shown(sides)}"
+            )
         return cls(resize, (crop[0], crop[1]), settings.get("interpolation", cls.interpolation), mean, std)
 
     @property

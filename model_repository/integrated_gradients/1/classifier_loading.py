@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classifier_network import Network, Rows
 from torch import Tensor
 
 # Largest difference of the second output from the softmax of the first; float16's rounding is 5e-4.
@@ -65,8 +66,8 @@ def check_classifier(module: Any, file: Path, image_shape: Sequence[int], device
             outputs = module(pixels)
     except Exception as error:
         raise ClassifierError(
-            f"{file} fails on images of {shape} ({_reason(error)}); the configs have another shape than its input: "
-            f"{ADVICE}, and --size sets the shape"
+            f"{file} fails on images of {shape}, the shape in the configs ({_reason(error)}); {ADVICE}, "
+            "and --size sets the shape"
         ) from None
     if not isinstance(outputs, tuple) or len(outputs) != 2 or not all(isinstance(each, Tensor) for each in outputs):
         returned = f"{len(outputs)} outputs" if isinstance(outputs, (tuple, list)) else "one output"
@@ -91,6 +92,32 @@ def check_classifier(module: Any, file: Path, image_shape: Sequence[int], device
             f"the gradients of {file} are {what}, so there is nothing to explain; export other weights"
         )
     return int(logits.shape[1])
+
+
+def check_gradients(network: Network, file: Path, image_shape: Sequence[int], device: torch.device) -> None:
+    """Take the gradients of two rows as the engine does, at points and over the segment between them.
+
+    Args:
+        network: of the engine.
+        file: for messages.
+        image_shape: [channels, height, width].
+        device: of the network.
+
+    Raises:
+        ClassifierError: they cannot be taken, or are not finite.
+    """
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        features = network.stem(images)
+        rows = Rows.like(features[:1], torch.float32, 2)
+        rows.features.copy_(features)
+        rows.signs[:, 0] = 1.0
+        rows.paired[0] = network.has_mean_slopes
+        gradients = [network.row_gradients(rows, any_paired) for any_paired in {False, network.has_mean_slopes}]
+    except Exception as error:
+        raise ClassifierError(f"{file} cannot be explained ({_reason(error)}); {ADVICE}") from None
+    if not all(each.isfinite().all() for each in gradients):
+        raise ClassifierError(f"{file} has gradients that are not finite; export other weights")
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from attribution_parameters import Limits
 from attribution_request import Reply, RequestReader, TensorError, Work, response_outputs
 from circuit_breaker import CircuitBreaker
 from classifier_files import ClassifierFiles, PreprocessingError, pixels_shape
-from classifier_loading import ClassifierError, check_classifier, load_classifier
+from classifier_loading import ClassifierError, check_classifier, check_gradients, load_classifier
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
 from metric_families import metric_family
@@ -74,6 +74,7 @@ class TritonPythonModel:
         module = load_classifier(files.model, self.device)
         classes = check_classifier(module, files.model, shape, self.device)
         self.engine = build_engine(module, self.device, shape, max_rows, precision, density)
+        check_gradients(self.engine.network, files.model, shape, self.device)
         self.reader = RequestReader(
             self.device,
             classes,
