@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,10 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> GraphModule:
     dtype = next((weight.dtype for weight in module.parameters()), torch.float32)
     example = torch.zeros(_EXAMPLE_IMAGES, *input_shape, dtype=dtype)
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        traced = program.run_decompositions({}).module(check_guards=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
+            program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            traced = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:  # torch.export raises whatever the network's code stumbles over
         why = reason(error)
         if why.startswith("Constraints violated"):
