@@ -30,6 +30,7 @@ from metric_families import metric_family
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_parameters import ParameterError
+from response_cache import ResponseCacheError, refuse_caches_around, refuse_own_cache
 from row_scheduler import Admission, OverloadedError
 
 # Time for the last answers and metrics to be sent before the process ends.
@@ -49,11 +50,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         try:
             self._initialize(args)
-        except (ClassifierError, PreprocessingError) as error:
+        except (ClassifierError, PreprocessingError, ResponseCacheError) as error:
             raise pb_utils.TritonModelException(str(error)) from None
 
     def _initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
+        refuse_own_cache(config)
+        refuse_caches_around(args["model_repository"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         # For GPUs with an MPS daemon; CUDA reads it when it starts.
         os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])

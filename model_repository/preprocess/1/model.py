@@ -25,6 +25,7 @@ from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
 from metric_families import metric_family
 from PIL import Image
+from response_cache import ResponseCacheError, refuse_own_cache
 
 # The first also shows progress within a batch, which may take long.
 COUNTERS = {
@@ -38,6 +39,10 @@ class TritonPythonModel:
         # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         config = json.loads(args["model_config"])
+        try:
+            refuse_own_cache(config)
+        except ResponseCacheError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
         self.preprocessing = files.preprocessing(settings, pixels_shape(config))
