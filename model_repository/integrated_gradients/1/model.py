@@ -176,7 +176,7 @@ class TritonPythonModel:
             threading.Thread(target=self._end_process, daemon=True).start()
 
     def _refuse(self, reply: Reply, code: str, message: str) -> None:
-        self.metrics.count("requests_total", outcome=code)
+        self._count_request(reply, code)
         reply.refuse(code, message)
 
     def _end_process(self) -> None:
@@ -200,15 +200,20 @@ class TritonPythonModel:
             self.metrics.count("chunks_total", times)
             self.metrics.observe("chunk_fill", rows / self.engine.max_rows, times)
 
+    def _count_request(self, reply: Reply, outcome: str) -> None:
+        self.metrics.count("probes_total" if reply.is_probe else "requests_total", outcome=outcome)
+
     def _count_explanations(
         self, request: _Request, explanations: list[Explanation], outputs: dict[str, np.ndarray]
     ) -> None:
-        """Count an answered request and its explanations."""
+        """Count an answered request and its explanations. A health check is no explanation that somebody asked for."""
+        self._count_request(request.reply, "explained")
+        if request.reply.is_probe:
+            return
         asked = request.work.parameters
         method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
         sizes = np.abs(outputs["ATTRIBUTIONS"]).sum(axis=(1, 2, 3))
         gaps = np.abs(outputs["CONVERGENCE_DELTA"][:, 0]) / np.maximum(sizes, 1e-12)
-        self.metrics.count("requests_total", outcome="explained")
         for explanation, gap in zip(explanations, gaps.tolist()):
             self.metrics.count("explanations_total", method=method)
             self.metrics.observe("steps", explanation.n_steps, method=method)
