@@ -7,7 +7,6 @@ the standard library. Exit status 0: the server answered in time.
 from __future__ import annotations
 
 import argparse
-import base64
 import http.client
 import json
 import os
@@ -15,12 +14,12 @@ import re
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 
-# A PNG of 8 x 8 grey pixels.
-IMAGE = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
-)
+# The id of a request by which the models know a health check, and count it apart from traffic (`probe_requests.py`).
+PROBE_ID = "health-probe"
+SIDE = 8  # of the image, in pixels
 # For each model, an output that needs the whole chain of models, and the parameters of the request.
 MODELS = {"explain": ("HEATMAP", {"n_steps": 1}), "classify": ("PROBABILITIES", {})}
 # The models that such a request passes, in order.
@@ -34,7 +33,7 @@ OVERLOADED, INVALID = "[overloaded] ", "[invalid] "
 # `integrated_gradients` before they are answered.
 DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
 GRADIENTS_DONE = ("integrated_gradients_rows_total",)
-STREAMS_ENDED = "explain_stream_streams_total"
+STREAMS_ENDED = ("explain_stream_streams_total", "explain_stream_probes_total")
 PENDING = ("nv_inference_pending_request_count", "integrated_gradients_waiting_images")
 
 
@@ -70,18 +69,31 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
         ProbeError: it answered with another error, or cannot be reached.
     """
     output, parameters = MODELS[model]
-    image = struct.pack("<I", len(IMAGE)) + IMAGE
+    file = grey_png(os.urandom(SIDE * SIDE))
+    image = struct.pack("<I", len(file)) + file
     content = {"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": len(image)}}
     wanted = {"name": output, "parameters": {"binary_data": True}}
     # Triton drops the request after this time: a probe that has given up must not add load.
     timeout = {"timeout": int(1e6 * seconds)}
-    header = json.dumps({"inputs": [content], "outputs": [wanted], "parameters": {**parameters, **timeout}}).encode()
+    request = {"id": PROBE_ID, "inputs": [content], "outputs": [wanted], "parameters": {**parameters, **timeout}}
+    header = json.dumps(request).encode()
     headers = {"Inference-Header-Content-Length": str(len(header))}
     status, body = _ask(host, port, seconds, "POST", f"/v2/models/{model}/infer", header + image, headers)
     if status == 503 and OVERLOADED.encode() in body:
         raise OverloadedError(f"{model} is overloaded")
     if status != 200:
         raise ProbeError(f"{model} answers {status}: {body[:300].decode(errors='replace')}")
+
+
+def grey_png(pixels: bytes) -> bytes:
+    """A PNG file of ``SIDE`` x ``SIDE`` grey pixels. No response cache has random ones, so each model must answer."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + pixels[start : start + SIDE] for start in range(0, len(pixels), SIDE))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def probe_patiently(host: str, port: int, metrics_port: int, model: str = "explain", seconds: float = 5.0) -> None:
@@ -104,9 +116,9 @@ def probe_patiently(host: str, port: int, metrics_port: int, model: str = "expla
     try:
         probe_stream(host, port, seconds)
     except NoAnswerError:
-        ended = total(read_metrics(host, metrics_port, seconds), STREAMS_ENDED)
+        ended = total(read_metrics(host, metrics_port, seconds), *STREAMS_ENDED)
         time.sleep(seconds)
-        if total(read_metrics(host, metrics_port, seconds), STREAMS_ENDED) == ended:
+        if total(read_metrics(host, metrics_port, seconds), *STREAMS_ENDED) == ended:
             raise
 
 
@@ -117,7 +129,7 @@ def probe_stream(host: str, port: int, seconds: float = 5.0) -> None:
         NoAnswerError: there was no answer in time.
         ProbeError: it answered something else, or cannot be reached.
     """
-    request = json.dumps({"IMAGE": "no image"}).encode()
+    request = json.dumps({"id": PROBE_ID, "IMAGE": "no image"}).encode()
     _, answer = _ask(host, port, seconds, "POST", "/v2/models/explain_stream/generate_stream", request)
     body = answer.decode(errors="replace")
     if INVALID not in body and OVERLOADED not in body:
@@ -164,9 +176,9 @@ def _counts(host: str, port: int, model: str, seconds: float) -> Counts:
 Series = list["tuple[str, str, float]"]
 
 
-def total(series: Series, name: str) -> float:
-    """The sum of a metric's values over all its labels."""
-    return sum(value for metric, _, value in series if metric == name)
+def total(series: Series, *names: str) -> float:
+    """The sum of metrics' values over all their labels."""
+    return sum(value for metric, _, value in series if metric in names)
 
 
 def read_metrics(host: str, port: int, seconds: float = 10.0) -> Series:

@@ -104,9 +104,8 @@ def test_clients_can_read_the_resizing(repository: Path, preprocessing: Preproce
 def test_comments_stay_and_the_way_back_leads_to_the_same_bytes(repository: Path, preprocessing: Preprocessing) -> None:
     before = texts(repository)
     write_configs(repository, preprocessing)
-    assert texts(repository)["classify"] == before["classify"]
     changed = {model for model, text in texts(repository).items() if text != before[model]}
-    assert changed == set(MODELS) - {"classify"}
+    assert changed == set(MODELS) - {"classify", "explain_image"}  # which have no tensors of images or maps
     for model, text in texts(repository).items():
         assert text.count(b"#") == before[model].count(b"#")
     write_configs(repository, Preprocessing())

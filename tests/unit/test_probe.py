@@ -1,8 +1,22 @@
-"""How the probe distinguishes an overloaded server from one that hangs."""
+"""What the probe sends, and how it distinguishes an overloaded server from one that hangs."""
 
+import io
+
+import numpy as np
+import probe_requests
 import pytest
+from PIL import Image
 
-from tools.probe import CHAINS, hanging_model
+from tools.probe import CHAINS, PROBE_ID, SIDE, grey_png, hanging_model
+
+
+def test_the_models_know_the_probe_by_its_id():
+    assert PROBE_ID == probe_requests.PROBE_ID
+
+
+def test_the_probe_sends_a_picture_of_its_own_each_time():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(grey_png(pixels.tobytes())))), pixels)
 
 
 def chain(**changes) -> dict[str, tuple[int, int]]:

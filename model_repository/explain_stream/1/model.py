@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients"
 
 from error_codes import code_of, outcome_of, triton_error, with_status
 from metric_families import metric_family
+from probe_requests import is_probe
 from stream_levels import LevelAccumulator, LevelAnswer, plan_stream
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
@@ -55,6 +56,7 @@ class _Stream:
 
     def __init__(self, request: Any, sender: Any, max_bytes: int) -> None:
         self.arrived = time.monotonic()
+        self.is_probe = is_probe(request)
         self.sender = sender
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.wanted = set(request.requested_output_names())
@@ -109,16 +111,20 @@ class TritonPythonModel:
         self.refinements = ThreadPoolExecutor(refining, "refinement")
         self.under_way, self.lock = 0, threading.Lock()
         description = "Streams by outcome: explained, invalid, overloaded, late, cancelled, failed"
-        self.family = metric_family("explain_stream_streams_total", description)
-        self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.metrics: dict[str, Any] = {}
+        # By whether a stream is a health check's.
+        self.families = {
+            False: metric_family("explain_stream_streams_total", description),
+            True: metric_family("explain_stream_probes_total", "Streams of health checks by outcome"),
+        }
+        self.labels = {"instance": args["model_instance_name"], "pid": str(os.getpid()), "model": args["model_name"]}
+        self.metrics: dict[tuple[bool, str], Any] = {}
         self.metrics_lock = threading.Lock()
 
     def finalize(self) -> None:
         self.predictions.shutdown()
         self.refinements.shutdown()
         self.metrics.clear()  # first: a metric must not outlive its family
-        self.family = None
+        self.families.clear()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -129,12 +135,12 @@ class TritonPythonModel:
             if not is_taken:
                 message = f"the most streams that this server takes, {self.max_streams}, are under way"
                 _refuse(sender, triton_error("overloaded", message))
-                self._count("overloaded")
+                self._count(is_probe(request), "overloaded")
                 continue
             try:
                 stream = _Stream(request, sender, self.max_bytes)
             except Exception as failure:  # Triton would leave the client waiting for ever
-                self._end(sender, failure)
+                self._end(sender, is_probe(request), failure)
                 continue
             self.predictions.submit(self._advance, stream, self._answer(stream))
 
@@ -147,11 +153,11 @@ class TritonPythonModel:
                 self.refinements.submit(self._advance, stream, answer)
                 return
         except Exception as failure:  # without an answer the client would wait for ever
-            self._end(stream.sender, failure)
+            self._end(stream.sender, stream.is_probe, failure)
         else:
-            self._end(stream.sender)
+            self._end(stream.sender, stream.is_probe)
 
-    def _end(self, sender: Any, failure: Exception | None = None) -> None:
+    def _end(self, sender: Any, is_probe: bool, failure: Exception | None = None) -> None:
         """Count a stream as ended, and answer with its error if it failed."""
         with self.lock:
             self.under_way -= 1
@@ -160,17 +166,18 @@ class TritonPythonModel:
             error = failure.error if isinstance(failure, StreamError) else _internal_error(failure)
             outcome = outcome_of(error)
             _refuse(sender, error)
-        self._count(outcome)
+        self._count(is_probe, outcome)
 
-    def _count(self, outcome: str) -> None:
+    def _count(self, is_probe: bool, outcome: str) -> None:
         """Count an ended stream in Triton's metrics."""
-        if self.family is None:
+        family = self.families[is_probe]
+        if family is None:
             return
         # Locked: a metric that two threads update at once makes Triton 2.51 read freed memory.
         with self.metrics_lock:
-            if outcome not in self.metrics:
-                self.metrics[outcome] = self.family.Metric(labels={**self.labels, "outcome": outcome})
-            self.metrics[outcome].increment(1)
+            if (is_probe, outcome) not in self.metrics:
+                self.metrics[is_probe, outcome] = family.Metric(labels={**self.labels, "outcome": outcome})
+            self.metrics[is_probe, outcome].increment(1)
 
     def _answer(self, stream: _Stream) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
         """The outputs of each response to a stream, and whether it is the last.

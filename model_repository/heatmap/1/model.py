@@ -19,6 +19,7 @@ from error_codes import triton_error
 from heatmap_drawing import draw_heatmap, pictures
 from heatmap_parameters import parse_parameters
 from request_parameters import ParameterError
+from response_cache import ResponseCacheError, refuse_own_cache
 
 
 class TensorError(ValueError):
@@ -28,6 +29,10 @@ class TensorError(ValueError):
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
+        try:
+            refuse_own_cache(config)
+        except ResponseCacheError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
         self.preprocessing = files.preprocessing(settings, pixels_shape(config))

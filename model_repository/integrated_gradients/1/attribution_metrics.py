@@ -31,7 +31,8 @@ DESCRIPTIONS = {
     "rows_total": "Gradients taken: images at one point of their path",
     "chunks_total": "Forward and backward passes",
     "explanations_total": "Images explained, by method",
-    "requests_total": "Requests by outcome",
+    "requests_total": "Requests by outcome, health checks apart",
+    "probes_total": "Requests of health checks by outcome",
     "waiting_images": "Images that wait for gradients or get them",
     "steps": "Gradients spent on an image",
     "chunk_fill": "Rows of a pass as a share of the most",
@@ -73,6 +74,7 @@ class AttributionMetrics:
             self.count(name, 0)
         for outcome in OUTCOMES:  # Prometheus sees the first failure only as a rise from 0
             self.count("requests_total", 0, outcome=outcome)
+            self.count("probes_total", 0, outcome=outcome)
         self._thread = threading.Thread(target=self._flush_at_intervals, name="metrics", daemon=True)
         self._thread.start()
 

@@ -17,6 +17,7 @@ from attribution_job import Explanation, Job
 from attribution_parameters import AttributionParameters, Limits, parse_parameters
 from error_codes import triton_error
 from path_baselines import Baselines
+from probe_requests import is_probe
 from request_parameters import ParameterError
 from torch import Tensor
 
@@ -151,6 +152,7 @@ class Reply:
         self._sender = request.get_response_sender()
         self._wanted = set(request.requested_output_names())
         self.arrived = arrived
+        self.is_probe = is_probe(request)
         self.timeout_seconds = request.timeout() / 1e6 or math.inf
         self.is_sent = threading.Event()
         self._is_cancelled, self._checked = False, 0.0

@@ -30,6 +30,7 @@ from metric_families import metric_family
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_parameters import ParameterError
+from response_cache import ResponseCacheError, refuse_caches_around, refuse_own_cache
 from row_scheduler import Admission, OverloadedError
 
 # Time for the last answers and metrics to be sent before the process ends.
@@ -49,11 +50,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         try:
             self._initialize(args)
-        except (ClassifierError, PreprocessingError) as error:
+        except (ClassifierError, PreprocessingError, ResponseCacheError) as error:
             raise pb_utils.TritonModelException(str(error)) from None
 
     def _initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
+        refuse_own_cache(config)
+        refuse_caches_around(args["model_repository"])
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         # For GPUs with an MPS daemon; CUDA reads it when it starts.
         os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])
@@ -174,7 +177,7 @@ class TritonPythonModel:
             threading.Thread(target=self._end_process, daemon=True).start()
 
     def _refuse(self, reply: Reply, code: str, message: str) -> None:
-        self.metrics.count("requests_total", outcome=code)
+        self._count_request(reply, code)
         reply.refuse(code, message)
 
     def _end_process(self) -> None:
@@ -198,15 +201,20 @@ class TritonPythonModel:
             self.metrics.count("chunks_total", times)
             self.metrics.observe("chunk_fill", rows / self.engine.max_rows, times)
 
+    def _count_request(self, reply: Reply, outcome: str) -> None:
+        self.metrics.count("probes_total" if reply.is_probe else "requests_total", outcome=outcome)
+
     def _count_explanations(
         self, request: _Request, explanations: list[Explanation], outputs: dict[str, np.ndarray]
     ) -> None:
-        """Count an answered request and its explanations."""
+        """Count an answered request and its explanations. A health check is no explanation that somebody asked for."""
+        self._count_request(request.reply, "explained")
+        if request.reply.is_probe:
+            return
         asked = request.work.parameters
         method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
         sizes = np.abs(outputs["ATTRIBUTIONS"]).sum(axis=(1, 2, 3))
         gaps = np.abs(outputs["CONVERGENCE_DELTA"][:, 0]) / np.maximum(sizes, 1e-12)
-        self.metrics.count("requests_total", outcome="explained")
         for explanation, gap in zip(explanations, gaps.tolist()):
             self.metrics.count("explanations_total", method=method)
             self.metrics.observe("steps", explanation.n_steps, method=method)

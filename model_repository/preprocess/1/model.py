@@ -25,11 +25,18 @@ from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
 from metric_families import metric_family
 from PIL import Image
+from probe_requests import is_probe
+from response_cache import ResponseCacheError, refuse_own_cache
 
-# The first also shows progress within a batch, which may take long.
-COUNTERS = {
-    "images_total": "Images looked into or decoded",
-    "overloaded_total": "Requests turned away because the gradients take no more",
+# Name -> description, and the labels of each series.
+COUNTERS: dict[str, tuple[str, tuple[dict[str, str], ...]]] = {
+    # It also shows progress within a batch, which may take long.
+    "images_total": ("Images looked into or decoded, health checks' too", ({},)),
+    "overloaded_total": (
+        "Requests turned away because the gradients take no more, health checks apart",
+        ({"outcome": "overloaded"},),
+    ),
+    "probes_total": ("Requests of health checks by model", ({"model": "explain"}, {"model": "classify"})),
 }
 
 
@@ -38,27 +45,34 @@ class TritonPythonModel:
         # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         config = json.loads(args["model_config"])
+        try:
+            refuse_own_cache(config)
+        except ResponseCacheError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
         settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
         self.preprocessing = files.preprocessing(settings, pixels_shape(config))
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.families, self.metrics = {}, {}
-        for name, description in COUNTERS.items():
+        self.families: list[Any] = []  # a family must outlive its metrics
+        self.metrics: dict[tuple[str, ...], Any] = {}
+        for name, (description, series) in COUNTERS.items():
             family = metric_family(f"preprocess_{name}", description)
             if family is not None:
-                self.families[name] = family  # a family must outlive its metrics
-                outcome = {"outcome": "overloaded"} if name == "overloaded_total" else {}
-                self.metrics[name] = family.Metric(labels={**labels, **outcome})
+                self.families.append(family)
+                for own in series:
+                    key = (name, *own.values())
+                    self.metrics[key] = family.Metric(labels={**labels, **own})
 
     def finalize(self) -> None:
         self.metrics.clear()  # first: a metric must not outlive its family
         self.families.clear()
 
-    def _count(self, name: str) -> None:
-        if name in self.metrics:
-            self.metrics[name].increment(1)
+    def _count(self, *series: str) -> None:
+        """Count in a series: its name in ``COUNTERS`` and the values of its labels."""
+        if series in self.metrics:
+            self.metrics[series].increment(1)
 
     def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
         return [self._respond(request) for request in requests]
@@ -69,7 +83,8 @@ class TritonPythonModel:
         except ImageError as error:
             return pb_utils.InferenceResponse(error=triton_error("invalid", str(error)))
         except CircuitOpenError as error:
-            self._count("overloaded_total")
+            if not is_probe(request):
+                self._count("overloaded_total", "overloaded")
             return pb_utils.InferenceResponse(error=triton_error("overloaded", str(error)))
         except Exception as failure:  # an exception would make Triton fail the whole batch
             pb_utils.Logger.log_error(f"preprocess failed: {traceback.format_exc()}")
@@ -85,7 +100,10 @@ class TritonPythonModel:
         if files.ndim != 2:  # Triton 2.51 drops the batch dimension of an empty batch
             raise ImageError("IMAGE must be at least one")
         # A request for its target is one for gradients.
-        if "RESOLVED_TARGET" in request.requested_output_names():
+        is_explained = "RESOLVED_TARGET" in request.requested_output_names()
+        if is_probe(request):
+            self._count("probes_total", "explain" if is_explained else "classify")
+        if is_explained:
             parameters = read_parameters(json.loads(request.parameters()))
             if parameters is not None:
                 check_circuit(os.getppid(), parameters)
