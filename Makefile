@@ -67,10 +67,19 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python .venv --constraints constraints.txt --requirements pyproject.toml --group dev --editable ./client
 	touch $@
 
-# Resolve the pins of pyproject.toml and client/pyproject.toml again.
+# Resolve the pins of pyproject.toml and client/pyproject.toml again, and from them what the images install.
 constraints: $(INSTALLED)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --upgrade \
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
+	$(MAKE) image-requirements
+
+# The same pins with the hashes of their files, for the images: their Python is 3.11 or newer.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --generate-hashes \
+	--no-build --constraints constraints.txt
+image-requirements: $(INSTALLED)
+	$(LOCK) --output-file tools/deploy/requirements-server.txt pyproject.toml
+	echo setuptools | $(LOCK) --output-file tools/deploy/requirements-client.txt client/pyproject.toml -
+	echo uv==$(UV_VERSION) | $(LOCK) --output-file tools/deploy/requirements-uv.txt -
 
 clean:
 	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
