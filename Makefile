@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
-.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
+.PHONY: demo serve test test-slow test-containers bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
 
 # NETWORK=lite0|imagenet|shapes|PATH chooses the network of these two.
 demo: $(INSTALLED)
@@ -19,7 +19,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not containers" $(ARGS)
+
+# The images and the compose project, by a Docker engine of the tests' own; as root. CONTAINERS=FOLDER keeps its data.
+test-containers: $(INSTALLED)
+	$(BIN)/python -m pytest -m containers tests/deploy $(ARGS)
 
 # One report of all benchmarks, out/bench/report.md: under 40 minutes on 2 cores, under 5 with ARGS=--quick.
 bench: $(INSTALLED)
