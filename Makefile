@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
-.PHONY: demo serve test test-slow bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints clean
+.PHONY: demo serve test test-slow test-containers bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
 
 # NETWORK=lite0|imagenet|shapes|PATH chooses the network of these two.
 demo: $(INSTALLED)
@@ -19,7 +19,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not containers" $(ARGS)
+
+# The images and the compose project, by a Docker engine of the tests' own; as root. CONTAINERS=FOLDER keeps its data.
+test-containers: $(INSTALLED)
+	$(BIN)/python -m pytest -m containers tests/deploy $(ARGS)
 
 # One report of all benchmarks, out/bench/report.md: under 40 minutes on 2 cores, under 5 with ARGS=--quick.
 bench: $(INSTALLED)
@@ -67,10 +71,19 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python .venv --constraints constraints.txt --requirements pyproject.toml --group dev --editable ./client
 	touch $@
 
-# Resolve the pins of pyproject.toml and client/pyproject.toml again.
+# Resolve the pins of pyproject.toml and client/pyproject.toml again, and from them what the images install.
 constraints: $(INSTALLED)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --upgrade \
 		--group dev --output-file constraints.txt pyproject.toml client/pyproject.toml
+	$(MAKE) image-requirements
+
+# The same pins with the hashes of their files, for the images: their Python is 3.11 or newer.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --generate-hashes \
+	--no-build --constraints constraints.txt
+image-requirements: $(INSTALLED)
+	$(LOCK) --output-file tools/deploy/requirements-server.txt pyproject.toml
+	echo setuptools | $(LOCK) --output-file tools/deploy/requirements-client.txt client/pyproject.toml -
+	echo uv==$(UV_VERSION) | $(LOCK) --output-file tools/deploy/requirements-uv.txt -
 
 clean:
 	rm -rf .venv out model_repository/classifier/1/* model_repository/*/labels.txt client/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

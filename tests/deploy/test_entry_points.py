@@ -101,7 +101,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
     ports, environment = triton_on_path
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"tools.deploy.{entry}"],
+            [sys.executable, "-m", f"tools.deploy.{entry}", "--log-info=false"],
             cwd=ROOT,
             env={**environment, "MODELS": "classify"},
             stdout=log,
@@ -119,6 +119,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
                 time.sleep(0.3)
         with pytest.raises(ProbeError, match="explain answers 404"):
             probe("127.0.0.1", ports.http, "explain")
+        assert "Started HTTPService" not in (tmp_path / "log").read_text()  # as the further option asks
         if entry == "supervise":  # it must find the server healthy
             time.sleep(3 * Watch().probe_seconds)
             assert "restart" not in (tmp_path / "log").read_text()

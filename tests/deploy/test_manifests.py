@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import kubernetes_validate
+import pytest
 import yaml
 from programs import needs, run
 
@@ -83,8 +84,28 @@ def test_triton_has_one_version():
     (default,) = re.findall(r"^#TRITON_VERSION=(\S+)", (ROOT / ".env.example").read_text(), re.MULTILINE)
     assert re.findall(r"^ARG TRITON_VERSION=(\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE) == [default]
     assert set(re.findall(r"TRITON_VERSION:-([\d.]+)", (ROOT / "docker-compose.yml").read_text())) == {default}
-    for file in (DEPLOY / "kubernetes").glob("*.yaml"):
+    for file in (*(DEPLOY / "kubernetes").glob("*.yaml"), ROOT / "docs" / "operations.md"):
         assert set(re.findall(r"explaining-triton:([\d.]+)", file.read_text())) == {default}
+
+
+def test_images_are_labelled_with_the_version_that_is_released():
+    stated = re.findall(r'^version = "(.+)"$', (ROOT / "client" / "pyproject.toml").read_text(), re.MULTILINE)
+    labels = re.findall(r'image\.version="(.+?)"', (DEPLOY / "Dockerfile").read_text())
+    assert labels == 2 * stated
+
+
+@pytest.mark.parametrize("image", ["server", "client"])
+def test_images_install_the_pinned_packages_by_hash(image):
+    lock = (DEPLOY / f"requirements-{image}.txt").read_text()
+    entries = re.split(r"^(?=\w)", lock, flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in entry for entry in entries)
+    locked = set(re.findall(r"^(\S+?)==(\S+)", lock, re.MULTILINE))
+    pins = set(re.findall(r"^(\S+?)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert locked <= pins, "run make image-requirements"
+    project = {"server": "pyproject.toml", "client": "client/pyproject.toml"}[image]
+    declared = (ROOT / project).read_text().split("\ndependencies = [")[1].split("]\n")[0]
+    names = {re.split(r"[\[=<>]", name)[0] for name in re.findall(r'"(.+?)"', declared)}
+    assert names <= {name for name, _ in locked}
 
 
 @needs("shellcheck")

@@ -2,6 +2,7 @@
 
 For compose and others that have no probes; Kubernetes' probes do the same for `tools.deploy.serve`. Settings are those
 of `serve.py`, and PROBE_SECONDS (4): if one pass can exceed it, raise it; otherwise healthy servers are restarted.
+Arguments are further options of ``tritonserver``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tools.deploy.serve import command, stop_seconds
 from tools.probe import served_model
@@ -25,13 +26,14 @@ class ContainerServer(TritonProcess):
 
     Args:
         settings: those of `serve.py`.
+        options: further options of ``tritonserver``.
 
     Raises:
         SettingError: a setting is not valid, or the repository has no classifier.
     """
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
-        self._words = command(settings)
+    def __init__(self, settings: Mapping[str, str], options: Sequence[str] = ()) -> None:
+        self._words = [*command(settings), *options]
         super().__init__(LOCALHOST, Ports.from_settings(settings), START_SECONDS, stop_seconds(settings))
 
     def _launch(self) -> subprocess.Popen[bytes]:
@@ -46,7 +48,7 @@ def main() -> None:
             probe_seconds=whole_number(os.environ, "PROBE_SECONDS", 4),
             model=served_model(os.environ),
         )
-        with ContainerServer(os.environ) as server:
+        with ContainerServer(os.environ, sys.argv[1:]) as server:
             supervise(server, watch, say=lambda message: print(f"supervise: {message}", flush=True))
     except (SettingError, ServerError) as error:
         sys.exit(f"supervise: {error}")
