@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import ssl
 import subprocess
 import time
@@ -36,6 +37,8 @@ PYTHON = "3.11"  # Debian bookworm's
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".env", "out", "weights", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build"
 )
+# The group of all containers.
+CGROUP = f"explaining-{os.getpid()}"
 # What an engine makes outside its own folder.
 SYSTEM_PATHS = [
     Path(name) for name in ("/run/docker", "/run/containerd", "/etc/docker", "/etc/docker/key.json", "/var/lib/docker")
@@ -63,7 +66,6 @@ class Engine:
         self.folder = folder
         self.data = keep or folder / "data"
         self.log = folder / "dockerd.log"
-        self._cgroup = f"explaining-{os.getpid()}"
         socket = f"unix://{folder / 'docker.sock'}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "COMPOSE_"))},
@@ -77,7 +79,7 @@ class Engine:
             *("setpriv", "--pdeathsig", "TERM"),
             *("dockerd", "--data-root", str(self.data), "--exec-root", str(folder / "exec")),
             *("--host", socket, "--pidfile", str(folder / "docker.pid"), "--bridge", "none"),
-            *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{self._cgroup}"),
+            *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{CGROUP}"),
         ]
 
     def __enter__(self) -> Engine:
@@ -106,6 +108,8 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for number in self._wait_for_processes():
+            os.kill(number, signal.SIGKILL)
         mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         for mount in sorted((name for name in mounts if name.startswith(str(self.folder))), reverse=True):
             subprocess.run(["umount", mount], check=False)
@@ -116,9 +120,18 @@ class Engine:
                 path.unlink()
             else:
                 shutil.rmtree(path, ignore_errors=True)
-        for group in sorted(Path("/sys/fs/cgroup").glob(f"**/{self._cgroup}"), reverse=True):
+        for group in sorted(Path("/sys/fs/cgroup").glob(f"**/{CGROUP}"), reverse=True):
             for inner in sorted(group.glob("**/"), reverse=True):
                 inner.rmdir()
+
+    def _wait_for_processes(self) -> list[int]:
+        """Processes of the engine that have not ended some seconds after it."""
+        until = time.monotonic() + 20
+        while left := list(processes_of(self.folder)):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        return left
 
     def try_docker(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -220,8 +233,16 @@ class Project:
             text=True,
             check=False,
         )
-        assert result.returncode == 0, f"docker-compose {' '.join(words)}\n{result.stdout[-20000:]}"
+        assert result.returncode == 0, f"docker-compose {' '.join(words)}\n{result.stdout[-20000:]}{self._failures()}"
         return result.stdout
+
+    def _failures(self) -> str:
+        """What the containers printed that ended with an error."""
+        ended = ("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self.name}")
+        containers = [self.engine.inspect(each) for each in self.engine.docker(*ended).split()]
+        failed = [each for each in containers if each["State"]["ExitCode"]]
+        logs = [(each["Name"], self.engine.try_docker("logs", each["Id"])) for each in failed]
+        return "".join(f"\n{name} ended:\n{log.stdout[-5000:]}{log.stderr[-5000:]}" for name, log in logs)
 
     def override(self, services: Mapping[str, Any]) -> None:
         """Change services by a file that compose reads after its own."""
@@ -237,7 +258,9 @@ class Project:
         return self.engine.inspect(self.container(service))["State"]
 
     def logs(self, service: str) -> str:
-        return self.engine.docker("logs", self.container(service))
+        """The end of what a service's container printed."""
+        log = self.engine.try_docker("logs", "--tail", "200", self.container(service))
+        return log.stdout + log.stderr
 
     def processes(self, service: str, *parts: str) -> list[int]:
         """The machine's numbers of the processes in a service's container whose command lines contain some parts."""
@@ -281,24 +304,31 @@ def wait_for(condition: Any, seconds: float, explain: Any = lambda: "") -> Any:
         time.sleep(0.3)
 
 
-def traces() -> set[str]:
-    """What an engine may leave on a machine: processes, interfaces, rules, mounts, groups, files."""
-    return set(_traces())
-
-
-def _traces() -> Iterator[str]:
-    for folder in Path("/proc").glob("[0-9]*"):
+def processes_of(folder: Path) -> Iterator[int]:
+    """Processes of this machine that run an engine in a folder, or are in one of its containers."""
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            name, groups = (folder / "comm").read_text().strip(), (folder / "cgroup").read_text()
-            if name in ("dockerd", "containerd", "containerd-shim", "docker-proxy") or "explaining-" in groups:
-                yield f"process {folder.name} {name}"
+            runs = (process / "comm").read_text().startswith(("dockerd", "containerd", "runc"))
+            in_folder = f"{folder}/" in (process / "cmdline").read_text()
+            if (runs and in_folder) or f"/{CGROUP}/" in (process / "cgroup").read_text():
+                yield int(process.name)
+
+
+def traces(folder: Path) -> set[str]:
+    """What an engine with a folder may leave on a machine: processes, interfaces, rules, mounts, groups, files."""
+    return set(_traces(folder))
+
+
+def _traces(folder: Path) -> Iterator[str]:
+    for process in processes_of(folder):
+        yield f"process {process}"
     for interface in Path("/sys/class/net").iterdir():
         yield f"interface {interface.name}"
     for rule in _firewall():
         yield f"rule {rule}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         yield f"mount {line.split()[4]}"
-    for group in Path("/sys/fs/cgroup").glob("**/*explaining-*"):
+    for group in Path("/sys/fs/cgroup").glob(f"**/{CGROUP}"):
         yield f"group {group}"
     for path in SYSTEM_PATHS:
         if path.exists():

@@ -231,7 +231,7 @@ def test_noise_samples_are_seeded_and_averaged(served_module):
 @pytest.mark.parametrize(
     "architecture",
     [
-        "resnet18",
+        pytest.param("resnet18", marks=pytest.mark.slow),
         "mobilenet_v3_small",
         pytest.param("densenet121", marks=pytest.mark.slow),
         pytest.param("vgg11", marks=pytest.mark.slow),
