@@ -9,7 +9,8 @@ import pytest
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Job
-from classifier_loading import ClassifierError, check_classifier, load_classifier
+from classifier_loading import ClassifierError, check_classifier, check_gradients, load_classifier
+from classifier_network import Network
 from conftest import relative_distance
 from own_networks import Swapped, Tiny, TwoOutputs, seeded
 from torch import Tensor, nn
@@ -64,13 +65,20 @@ BAD = {
 }
 
 
+def load_and_check(file: Path) -> None:
+    """What `integrated_gradients` does."""
+    module = load_classifier(file, CPU)
+    check_classifier(module, file, SHAPE, CPU)
+    check_gradients(Network(module), file, SHAPE, CPU)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_explained_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
     write, expected = BAD[name]
     file = tmp_path / "model.pt"
     write(file)
     with pytest.raises(ClassifierError) as refusal:
-        check_classifier(load_classifier(file, CPU), file, SHAPE, CPU)
+        load_and_check(file)
     message = str(refusal.value)
     assert str(file) in message
     assert expected in message

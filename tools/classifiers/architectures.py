@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torchvision
+from error_reasons import in_brief, reason
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tools.classifiers.messages import in_brief, reason, suggestion
+from tools.classifiers.messages import suggestion
 from tools.classifiers.source import ExportError
 
 TIMM = "timm:"

@@ -20,11 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from error_reasons import in_brief, reason
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tools.classifiers.messages import in_brief, reason, shown
+from tools.classifiers.messages import shown
 from tools.classifiers.source import ExportError
 from tools.shapes.checkpoint import load_dequantized
 

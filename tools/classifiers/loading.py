@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torchvision
 from classifier_files import Preprocessing
+from error_reasons import reason
 
 from tools.classifiers import architectures, checkpoint_files
 from tools.classifiers.architectures import TIMM
 from tools.classifiers.checkpoint_files import no_pickled_code
 from tools.classifiers.logits import with_logits
-from tools.classifiers.messages import reason, shown, suggestion
+from tools.classifiers.messages import shown, suggestion
 from tools.classifiers.preprocessing import Overrides, of_timm, of_torchvision
 from tools.classifiers.source import DownloadError, ExportError, Source
 from tools.imagenet import lite0

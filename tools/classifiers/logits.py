@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from error_reasons import reason
 from torch import Tensor, nn
 
-from tools.classifiers.messages import reason
 from tools.classifiers.source import ExportError
 
 # Differences between two runs for one image, relative to the largest logit; float32 rounding is below 1e-5.

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from classifier_files import INTERPOLATIONS, Preprocessing
+from error_reasons import in_brief
 
-from tools.classifiers.messages import either, in_brief, suggestion
+from tools.classifiers.messages import either, suggestion
 from tools.classifiers.source import ExportError
 
 # Options of `tools/export` that change the preprocessing.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from classifier_files import Preprocessing
+from error_reasons import in_brief
 from torch import nn
-
-from tools.classifiers.messages import in_brief
 
 # Longest message, so that it stays a sentence on a terminal.
 MESSAGE_CHARACTERS = 300

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from error_reasons import reason
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-from tools.classifiers.messages import reason
 
 aten = torch.ops.aten
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from error_reasons import reason
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from tools.classifiers.messages import reason
 from tools.torchscript.discrete_gradients import add_discrete_gradients, dependents, is_affine, is_batch_first
 from tools.torchscript.exported_graph import TracingError, finish, trace
 

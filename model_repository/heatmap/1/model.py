@@ -14,12 +14,12 @@ import triton_python_backend_utils as pb_utils
 # The modules that all models share.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients" / "1"))
 
-from classifier_files import ClassifierFiles, pixels_shape
 from error_codes import triton_error
 from heatmap_drawing import draw_heatmap, pictures
 from heatmap_parameters import parse_parameters
+from load_errors import refusing_to_load
+from model_setup import ModelSetup
 from request_parameters import ParameterError
-from response_cache import ResponseCacheError, refuse_own_cache
 
 
 class TensorError(ValueError):
@@ -27,16 +27,11 @@ class TensorError(ValueError):
 
 
 class TritonPythonModel:
+    @refusing_to_load()
     def initialize(self, args: dict[str, str]) -> None:
-        config = json.loads(args["model_config"])
-        try:
-            refuse_own_cache(config)
-        except ResponseCacheError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
-        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
-        files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
-        self.preprocessing = files.preprocessing(settings, pixels_shape(config))
-        self.foreign_parameters = {name.strip() for name in settings["foreign_parameters"].split(",")}
+        setup = ModelSetup.read(args)
+        self.preprocessing = setup.preprocessing
+        self.foreign_parameters = {name.strip() for name in setup.settings["foreign_parameters"].split(",")}
 
     def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
         return [self._respond(request) for request in requests]

@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from load_errors import LoadError
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-class PreprocessingError(ValueError):
+class PreprocessingError(LoadError):
     """The classifier's manifest, the model's config and its settings do not fit; the message says what to do."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import contextlib
-import json
 import math
 import os
 import threading
@@ -22,15 +21,17 @@ from attribution_metrics import AttributionMetrics
 from attribution_parameters import Limits
 from attribution_request import Reply, RequestReader, TensorError, Work, response_outputs
 from circuit_breaker import CircuitBreaker
-from classifier_files import ClassifierFiles, PreprocessingError, pixels_shape
-from classifier_loading import ClassifierError, check_classifier, check_gradients, load_classifier
+from classifier_files import ClassifierFiles
+from classifier_loading import check_classifier, check_gradients, load_classifier
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
+from load_errors import refusing_to_load
 from metric_families import metric_family
+from model_setup import ModelSetup
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_parameters import ParameterError
-from response_cache import ResponseCacheError, refuse_caches_around, refuse_own_cache
+from response_cache import refuse_caches_around
 from row_scheduler import Admission, OverloadedError
 
 # Time for the last answers and metrics to be sent before the process ends.
@@ -47,28 +48,19 @@ class _Request:
 
 
 class TritonPythonModel:
+    @refusing_to_load()
     def initialize(self, args: dict[str, str]) -> None:
-        try:
-            self._initialize(args)
-        except (ClassifierError, PreprocessingError, ResponseCacheError) as error:
-            raise pb_utils.TritonModelException(str(error)) from None
-
-    def _initialize(self, args: dict[str, str]) -> None:
-        config = json.loads(args["model_config"])
-        refuse_own_cache(config)
+        setup = ModelSetup.read(args)
+        settings, files, shape = setup.settings, setup.files, setup.preprocessing.input_shape
         refuse_caches_around(args["model_repository"])
-        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         # For GPUs with an MPS daemon; CUDA reads it when it starts.
         os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", settings["cuda_mps_client_priority"])
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
-        files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
             if threads := int(settings["cpu_threads"]):
                 torch.set_num_threads(threads)
-        preprocessing = files.preprocessing(settings, pixels_shape(config))
-        shape = preprocessing.input_shape
         try:
             density: PathDensity | None = PathDensity.load(files.folder / FILE_NAME, files.sha256)
         except CalibrationError:
@@ -83,13 +75,13 @@ class TritonPythonModel:
             classes,
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
-            Baselines(preprocessing.mean, preprocessing.std),
+            Baselines(setup.preprocessing.mean, setup.preprocessing.std),
             None if density else partial(_why_uncalibrated, files),
         )
         self.hold_seconds = float(settings["hold_seconds"])
         self.chunks_counted: Counter[int] = Counter()
         # With several instances, another one may still have room, so there is no breaker.
-        groups = config["instance_group"]
+        groups = setup.config["instance_group"]
         instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups)
         self.breaker = CircuitBreaker(os.getppid(), self.engine.usual_rows) if instances == 1 else None
         # Last: nothing must fail once the thread runs, and it inherits this thread's niceness.

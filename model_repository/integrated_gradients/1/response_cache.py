@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from load_errors import LoadError
+
 # The parts of a config in protobuf's text format. Comments and strings come first: nothing is found inside them.
 _TOKEN = re.compile(
     r"""
@@ -27,7 +29,7 @@ _TOKEN = re.compile(
 _FALSE = ("false", "False", "f", "0")
 
 
-class ResponseCacheError(ValueError):
+class ResponseCacheError(LoadError):
     """A model's config enables the response cache, which it must not; the message names the model and the remedy."""
 
 

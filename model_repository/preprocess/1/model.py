@@ -19,14 +19,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients"
 
 from attribution_parameters import read_parameters
 from circuit_breaker import CircuitOpenError, check_circuit
-from classifier_files import ClassifierFiles, pixels_shape
 from error_codes import triton_error
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
+from load_errors import refusing_to_load
 from metric_families import metric_family
+from model_setup import ModelSetup
 from PIL import Image
 from probe_requests import is_probe
-from response_cache import ResponseCacheError, refuse_own_cache
 
 # Name -> description, and the labels of each series.
 COUNTERS: dict[str, tuple[str, tuple[dict[str, str], ...]]] = {
@@ -41,19 +41,14 @@ COUNTERS: dict[str, tuple[str, tuple[dict[str, str], ...]]] = {
 
 
 class TritonPythonModel:
+    @refusing_to_load()
     def initialize(self, args: dict[str, str]) -> None:
         # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        config = json.loads(args["model_config"])
-        try:
-            refuse_own_cache(config)
-        except ResponseCacheError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
-        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
-        files = ClassifierFiles.beside(args["model_repository"], args["model_version"])
-        self.preprocessing = files.preprocessing(settings, pixels_shape(config))
+        setup = ModelSetup.read(args)
+        self.preprocessing = setup.preprocessing
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
-        self.limits = ImageLimits(*(int(settings[name]) for name in limits))
+        self.limits = ImageLimits(*(int(setup.settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
         self.families: list[Any] = []  # a family must outlive its metrics
         self.metrics: dict[tuple[str, ...], Any] = {}
