@@ -40,6 +40,8 @@ from tools.triton.config_shapes import write_configs
 
 # Files that `export` writes into a repository.
 EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
+# For `shutil.copytree`: a repository without a classifier.
+WITHOUT_CLASSIFIER = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
 # Calibrations of known networks, by `tools/calibrate`.
 CALIBRATIONS = (DEMO_CALIBRATION, lite0.CALIBRATION)
 # Models whose probabilities have labels.
@@ -158,12 +160,11 @@ def _resolved(network: str) -> str:
 def repository_with(network: str) -> Path:
     """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise."""
     copy = OUTPUTS / "repositories" / network
-    exported = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
     for folder in filter(Path.is_dir, MODEL_REPOSITORY.iterdir()):
         for file in (copy / folder.name / "1").glob("*.py"):
             if not (folder / "1" / file.name).is_file():
                 file.unlink()
-        shutil.copytree(folder, copy / folder.name, ignore=exported, dirs_exist_ok=True)
+        shutil.copytree(folder, copy / folder.name, ignore=WITHOUT_CLASSIFIER, dirs_exist_ok=True)
     ensure_exported(copy, network)
     return copy
 
@@ -237,9 +238,9 @@ def main() -> None:
         path = export(load_source(arguments.weights, arguments.arch, arguments.labels, overrides), arguments.repository)
     except ExportError as error:
         sys.exit(f"export: {error}")
-    print(path.with_name("manifest.json").read_text(), end="")
-    limitation = json.loads(path.with_name("manifest.json").read_text())["limitation"]
-    if limitation:
+    written = path.with_name("manifest.json").read_text()
+    print(written, end="")
+    if limitation := json.loads(written)["limitation"]:
         print(f"gradients are taken at points, without discrete gradients: {limitation}")
     print(f"wrote {path}")
 

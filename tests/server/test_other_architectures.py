@@ -28,7 +28,7 @@ from explain_client import ExplainClient, RefusedError
 from tools.bench.architectures import ARCHITECTURES
 from tools.classifiers.loading import load_source
 from tools.classifiers.source import Source
-from tools.export import EXPORTED_FILES, export, read_manifest
+from tools.export import WITHOUT_CLASSIFIER, export, read_manifest
 from tools.imagenet.photographs import view
 from tools.paths import MODEL_REPOSITORY
 from tools.server import EmbeddedServer, Ports
@@ -41,7 +41,7 @@ STEPS = 4
 def served(source: Source, folder: Path) -> Iterator[tuple[EmbeddedServer, tritonclient.grpc.InferenceServerClient]]:
     """A server of a copy of the repository with this classifier."""
     models = folder / "models"
-    shutil.copytree(MODEL_REPOSITORY, models, ignore=shutil.ignore_patterns("__pycache__", *EXPORTED_FILES))
+    shutil.copytree(MODEL_REPOSITORY, models, ignore=WITHOUT_CLASSIFIER)
     export(source, models)
     with (
         EmbeddedServer(models, Ports.free(), folder / "log") as server,
@@ -175,7 +175,7 @@ class OneOutput(torch.nn.Module):
 
 def test_a_file_that_cannot_be_explained_is_refused_at_start_up(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    shutil.copytree(MODEL_REPOSITORY, models, ignore=shutil.ignore_patterns("__pycache__", *EXPORTED_FILES))
+    shutil.copytree(MODEL_REPOSITORY, models, ignore=WITHOUT_CLASSIFIER)
     torch.jit.script(OneOutput()).save(str(models / "classifier" / "1" / "model.pt"))
     for model in ("classifier", "explain_stream"):
         (models / model / "labels.txt").write_text("a\nb\nc\n")

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
-from classifier_files import Preprocessing
 from classifier_loading import load_classifier
 from engine_loading import build_engine
 from torch import Tensor, nn
@@ -30,9 +28,8 @@ from tqdm import tqdm
 
 from tools.bench.engine import CaptumProcess
 from tools.classifiers import architectures
-from tools.classifiers.architectures import TIMM
 from tools.classifiers.loading import load_source
-from tools.classifiers.preprocessing import of_timm, of_torchvision
+from tools.classifiers.source import Source
 from tools.evaluation.measuring import (
     describe_machine,
     explain,
@@ -62,33 +59,35 @@ STEPS, TOLERANCE, MOST_STEPS, REFERENCE_STEPS = 20, 0.05, 400, 256
 STATISTICS_IMAGES = 8
 
 
-def load_network(name: str) -> tuple[nn.Module, Preprocessing]:
-    """A network with the weights that are described above, and its preprocessing."""
+def load_network(name: str) -> Source:
+    """A network with the weights that are described above, loaded as the exporter loads a file of them."""
     if name == "lite0":
-        source = load_source(name)
-        return source.module, source.preprocessing
+        return load_source(name)
     torch.manual_seed(0)
     network = architectures.build(name)
-    if name.startswith(TIMM):
-        preprocessing = of_timm(network)
-    else:
-        preprocessing = of_torchvision(torchvision.models.get_model_weights(name).DEFAULT)
     for weight in network.parameters():
         if weight.dim() == 2 and not weight.any():  # the head of a vision transformer
             nn.init.normal_(weight, std=0.02)
-    for layer in network.modules():
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "random.pt"
+        torch.save(network.state_dict(), file)
+        source = load_source(str(file), name)
+    for layer in source.module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.train()
             layer.reset_running_stats()
             layer.momentum = None  # the mean of what it sees
+    views = [view(image, source.preprocessing) for _, image in crops(CALIBRATION, STATISTICS_IMAGES)]
     with torch.no_grad():
-        network(torch.stack([view(image, preprocessing) for _, image in crops(CALIBRATION, STATISTICS_IMAGES)]))
-    return network.eval(), preprocessing
+        source.module(torch.stack(views))
+    source.module.eval()
+    return source
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    network, preprocessing = load_network(name)
+    source = load_network(name)
+    network, preprocessing = source.module, source.preprocessing
     _, photograph = next(crops(HELD_OUT, 1))
     image = view(photograph, preprocessing)
     with torch.no_grad():

@@ -16,10 +16,8 @@ from pathlib import Path
 from tools.classifiers.loading import load_source
 from tools.classifiers.preprocessing import OPTIONS, Overrides
 from tools.classifiers.source import ExportError
-from tools.export import export
+from tools.export import WITHOUT_CLASSIFIER, export
 from tools.paths import MODEL_REPOSITORY
-
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "model.pt", "manifest.json", "path_density.json", "labels.txt")
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def main() -> None:
         overrides = Overrides.read({name: os.environ.get(name.upper(), "").split() for name in OPTIONS})
         architecture = os.environ.get("ARCH") or "resnet18"
         source = load_source(weights, architecture, Path(labels) if labels else None, overrides)
-        shutil.copytree(MODEL_REPOSITORY, repository, ignore=LEFT_OUT, dirs_exist_ok=True)
+        shutil.copytree(MODEL_REPOSITORY, repository, ignore=WITHOUT_CLASSIFIER, dirs_exist_ok=True)
         export(source, repository)
     except (ExportError, OSError) as error:
         sys.exit(f"prepare: {error}")

@@ -9,13 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tools.torchscript.mean_slopes import with_value
-
-
-def next_rows(here: Tensor, paired: Tensor) -> Tensor:
-    """For paired rows the next row of ``here`` [n, ...], for others the row itself."""
-    following = torch.cat((here[1:], here[-1:]))
-    return torch.where(paired.view([-1] + [1] * (here.dim() - 1)), following, here)
+from tools.torchscript.mean_slopes import next_rows, with_value
 
 
 def _wide(values: Tensor) -> Tensor:

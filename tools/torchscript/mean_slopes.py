@@ -92,9 +92,8 @@ class MeanSlopeFunction(nn.Module):
 
     def slopes(self, here: Tensor, values: Tensor, paired: Tensor) -> Tensor:
         """Slopes of all rows at once. No shape depends on the data, so that a graph of a GPU can be captured."""
-        is_paired = torch.cat((paired[:-1], torch.zeros_like(paired[:1]))).view([-1] + [1] * (here.dim() - 1))
-        changes = torch.where(is_paired, here.roll(-1, 0) - here, 0.0)
-        quotients = (values.roll(-1, 0) - values) / changes
+        changes = next_rows(here, paired) - here
+        quotients = (next_rows(values, paired) - values) / changes
         is_small = changes.abs() < values.abs().clamp_min(1.0) * self.least_change
         return torch.where(is_small, self.derivative(here + 0.5 * changes), quotients)
 
@@ -117,6 +116,12 @@ class MeanSlopeFunction(nn.Module):
         """The slope at points, as a central difference in float64."""
         low, high = points.double() - self.half_width, points.double() + self.half_width
         return ((self.function(high) - self.function(low)) / (2 * self.half_width)).to(points.dtype)
+
+
+def next_rows(here: Tensor, paired: Tensor) -> Tensor:
+    """For paired rows the next row of ``here`` [n, ...], for others the row itself."""
+    following = torch.cat((here[1:], here[-1:]))
+    return torch.where(paired.view([-1] + [1] * (here.dim() - 1)), following, here)
 
 
 def with_value(outputs: Tensor, values: Tensor) -> Tensor:
