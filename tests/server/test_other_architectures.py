@@ -176,7 +176,9 @@ class OneOutput(torch.nn.Module):
 def test_a_file_that_cannot_be_explained_is_refused_at_start_up(tmp_path: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(MODEL_REPOSITORY, models, ignore=WITHOUT_CLASSIFIER)
-    torch.jit.script(OneOutput()).save(str(models / "classifier" / "1" / "model.pt"))
+    version = models / "classifier" / "1"
+    version.mkdir(exist_ok=True)  # absent where nothing was exported yet
+    torch.jit.script(OneOutput()).save(str(version / "model.pt"))
     for model in ("classifier", "explain_stream"):
         (models / model / "labels.txt").write_text("a\nb\nc\n")
     with (
