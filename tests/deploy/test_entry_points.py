@@ -18,7 +18,6 @@ from tools.paths import ROOT
 from tools.probe import ProbeError, probe
 from tools.server import EmbeddedServer, Ports
 from tools.triton.options import SettingError, server_options
-from tools.triton.supervisor import Watch
 
 
 @pytest.mark.parametrize(
@@ -96,6 +95,9 @@ def triton_on_path(tmp_path, prepared):
     embedded.remove_shared_memory()
 
 
+PROBE_SECONDS = 2
+
+
 @pytest.mark.parametrize("entry", ["serve", "supervise"])
 def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(triton_on_path, tmp_path, entry):
     ports, environment = triton_on_path
@@ -103,7 +105,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
         process = subprocess.Popen(
             [sys.executable, "-m", f"tools.deploy.{entry}", "--log-info=false"],
             cwd=ROOT,
-            env={**environment, "MODELS": "classify"},
+            env={**environment, "MODELS": "classify", "PROBE_SECONDS": str(PROBE_SECONDS)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -121,7 +123,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
             probe("127.0.0.1", ports.http, "explain")
         assert "Started HTTPService" not in (tmp_path / "log").read_text()  # as the further option asks
         if entry == "supervise":  # it must find the server healthy
-            time.sleep(3 * Watch().probe_seconds)
+            time.sleep(3 * PROBE_SECONDS)
             assert "restart" not in (tmp_path / "log").read_text()
     finally:
         process.terminate()

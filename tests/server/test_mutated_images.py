@@ -49,13 +49,13 @@ def test_mutated_images_leave_the_live_server_as_it_was(server, triton):
     expected = classify(whole)
     with ThreadPoolExecutor(8) as pool:
         classify(whole * 8)  # more images at once than the eight clients send, so that buffers have their final size
-        list(pool.map(ask, range(-200, 0)))
+        list(pool.map(ask, range(-100, 0)))
         stubs, shared = stubs_of(server), shared_memory_bytes(server)
-        outcomes = list(pool.map(ask, range(2000)))
+        outcomes = list(pool.map(ask, range(1000)))
     answered = outcomes.count("answered")
     refusals = [outcome for outcome in outcomes if outcome != "answered"]
     assert all(outcome.startswith("StatusCode.INVALID_ARGUMENT") and "IMAGE" in outcome for outcome in refusals)
-    assert min(answered, len(refusals)) > 200  # the corpus has both intact and broken files
+    assert min(answered, len(refusals)) > 100  # the corpus has both intact and broken files
     assert stubs
     assert stubs_of(server) == stubs
     assert shared_memory_bytes(server) <= shared

@@ -117,7 +117,7 @@ OWN_SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", OWN_SIZES)
+@pytest.mark.parametrize("name", [pytest.param("128 x 128", marks=pytest.mark.slow), "grey, 96 x 160"])
 def test_a_network_is_served_at_its_own_size(tmp_path: Path, name: str) -> None:
     make, preprocessing = OWN_SIZES[name]
     channels, height, width = shape = preprocessing.input_shape
@@ -173,6 +173,7 @@ class OneOutput(torch.nn.Module):
         return pixels.mean((2, 3))
 
 
+@pytest.mark.slow  # the sentences are tests of classifier_loading
 def test_a_file_that_cannot_be_explained_is_refused_at_start_up(tmp_path: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(MODEL_REPOSITORY, models, ignore=WITHOUT_CLASSIFIER)

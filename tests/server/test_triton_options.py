@@ -109,8 +109,10 @@ def post(server: EmbeddedServer, model: str, image: bytes, **headers: str) -> tu
 
 @pytest.mark.parametrize(
     ("models", "cached"),
-    [(["heatmap"], "heatmap"), (["integrated_gradients", "explain"], "explain")],
-    ids=["by its own config", "by an ensemble's config"],
+    [
+        pytest.param(["heatmap"], "heatmap", id="by its own config", marks=pytest.mark.slow),
+        pytest.param(["integrated_gradients", "explain"], "explain", id="by an ensemble's config"),
+    ],
 )
 def test_a_model_that_would_answer_with_anothers_map_does_not_load(repository, tmp_path, models, cached):
     folder = repository_with_cache(repository, tmp_path / "models", models, cached)
