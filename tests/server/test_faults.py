@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from conftest import encode, scene_image
 from live_server import infer
 from path_density import FILE_NAME
 
-from explain_client import ExplainClient, ExplainError, RefusedError
+from explain_client import ExplainClient, ExplainError, RefusedError, UnavailableError
 from tools.bench.overload import measure, with_settings
 from tools.bench.processes import session
 from tools.bench.soak import soak
@@ -456,6 +457,31 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert np.isfinite(row["computing_p99_at_most"])
     # The longest wait, its computing time, and a second for the steps before and after the gradients.
     assert row["accepted_seconds"]["p99"] < 5 + row["computing_p99_at_most"] + 1
+
+
+@pytest.mark.slow
+def test_a_large_batch_is_answered_on_a_loaded_server_whatever_its_own_length(tmp_path):
+    repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5)
+    images = [encode(scene_image(index)) for index in range(32)]
+    ended, counts = threading.Event(), Counter()
+
+    def load(url: str) -> None:
+        with ExplainClient(url, retries=0) as client:
+            while not ended.is_set():
+                with contextlib.suppress(UnavailableError):
+                    counts[client.explain(images[0], n_steps=10).n_steps] += 1
+
+    with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
+        try:
+            for _ in range(2):
+                pool.submit(load, server.grpc_url)
+            time.sleep(2)
+            with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+                answer = infer(client, images, outputs=("N_STEPS", "ATTRIBUTIONS"), n_steps=50)
+        finally:
+            ended.set()
+    assert answer["N_STEPS"].tolist() == [[50]] * 32
+    assert counts[10] > 10  # it was loaded
 
 
 @pytest.mark.slow
