@@ -48,6 +48,7 @@ class ExplainClient:
         ExplainError: any other failure; the base class of these errors.
         OSError: the image's file cannot be read.
         TypeError: the image is an array of the wrong dtype or shape.
+        ValueError: the image is a PIL image with values out of range; ``images.encoded`` has the ranges.
     """
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
