@@ -223,9 +223,10 @@ def in_mode(mode: str) -> Image.Image:
     """A picture in a mode that PNG lacks."""
     image = picture(40, 30)
     if mode == "LAB":
-        return ImageCms.profileToProfile(
-            image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
-        )
+        profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+        assert converted is not None
+        return converted
     through = {"PA": ("P", "PA"), "RGBa": ("RGBA", "RGBa"), "I": ("L", "I"), "F": ("L", "F")}.get(mode, (mode,))
     for step in through:
         image = image.convert(step)

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc._utils import _get_inference_request  # makes the message that tritonclient's calls send
 
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, ImageSource, View, encoded
@@ -40,6 +42,12 @@ class Call:
             # In microseconds: the server stops working on the request then.
             "timeout": max(1, int(1e6 * seconds)),
         }
+
+
+def message_of(call: Call, seconds: float) -> service_pb2.ModelInferRequest:
+    """The message of a request, for an answer within ``seconds``."""
+    unused = {"sequence_id": 0, "sequence_start": False, "sequence_end": False, "priority": 0}
+    return _get_inference_request(model_version="", request_id="", **unused, **call.options(seconds))
 
 
 def classify_call(image: ImageSource, top_k: int) -> Call:
