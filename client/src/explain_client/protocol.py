@@ -20,6 +20,8 @@ Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
 
 # At 224 x 224 pixels a saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
 TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
+# The target that stands for the predicted class.
+PREDICTED_CLASS = -1
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
 
@@ -71,10 +73,9 @@ def explain_call(
     unknown = set(want) - set(TENSORS)
     if unknown:
         raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
-    inputs = [_image(image)]
-    if target is not None:
-        inputs.append(triton.InferInput("TARGET", [1, 1], "INT64"))
-        inputs[-1].set_data_from_numpy(np.array([[target]], np.int64))
+    # Always with a target: by it the server knows early that gradients are wanted.
+    inputs = [_image(image), triton.InferInput("TARGET", [1, 1], "INT64")]
+    inputs[1].set_data_from_numpy(np.array([[PREDICTED_CLASS if target is None else target]], np.int64))
     names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
     outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
     return Call(model, inputs, outputs, as_sent(parameters))
