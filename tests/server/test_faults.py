@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
+import tritonclient.utils
+from circuit_breaker import MOST_SECONDS, CircuitBreaker
 from conftest import encode, scene_image
 from live_server import infer
 from path_density import FILE_NAME
@@ -420,6 +422,22 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     while len(os.listdir(f"/proc/{server.process.pid}/fd")) > before + 20 and time.monotonic() < until:
         time.sleep(0.2)
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 20
+
+
+def test_an_open_breaker_turns_no_request_away_that_needs_no_gradients(server, triton, image):
+    breaker = CircuitBreaker(server.process.pid, 24)
+    refused = pytest.raises(tritonclient.utils.InferenceServerException, match="are refused at present")
+    try:
+        breaker.open(1, MOST_SECONDS)
+        infer(triton, [image], outputs=("PROBABILITIES",))
+        with refused:
+            infer(triton, [image], outputs=("HEATMAP",), n_steps=1)
+        with refused:
+            infer(triton, [image], [3], outputs=("HEATMAP",))
+        with ExplainClient(server.grpc_url, retries=0) as client, pytest.raises(UnavailableError, match="refused at"):
+            client.explain(image)
+    finally:
+        breaker.remove()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a disk full")

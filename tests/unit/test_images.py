@@ -199,6 +199,12 @@ def test_what_is_seen_stands_upright(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(as_seen(file)), np.asarray(TORCHVISION(upright)))
 
 
+def test_what_is_seen_of_a_jpeg_file_without_its_end_marker_is_the_same() -> None:
+    file = file_of(picture(300, 300), "JPEG")
+    for missing in (1, 2):
+        np.testing.assert_array_equal(np.asarray(as_seen(file[:-missing])), np.asarray(as_seen(file)))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_what_is_seen_is_rgb_whatever_the_file_holds(mode: str) -> None:
     image = picture(300, 300).convert(mode)

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_MODES = ("1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA")
 
 
@@ -103,7 +104,9 @@ def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
         file: the encoded image.
         view: of the server's classifier: ``ExplainClient.view``.
     """
-    with Image.open(io.BytesIO(file)) as opened:
+    # The server accepts a JPEG file whose end marker is missing. Behind one, another one says nothing.
+    whole = file + JPEG_END if file.startswith(JPEG_START) else file
+    with Image.open(io.BytesIO(whole)) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16 bits: the server keeps the high byte
         image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
