@@ -26,6 +26,12 @@ def png_of_size(width: int, height: int, empty_chunks: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
+def jpeg_of_frame(jpeg: bytes, code: int, bits: int = 8) -> bytes:
+    """A baseline JPEG file whose frame says that it is of another kind, or has other bits a sample."""
+    at = jpeg.index(b"\xff\xc0")
+    return jpeg[: at + 1] + bytes((code,)) + jpeg[at + 2 : at + 4] + bytes((bits,)) + jpeg[at + 5 :]
+
+
 def jpeg_of_scans(count: int) -> bytes:
     """A progressive JPEG file whose last scan is repeated ``count`` times."""
     file = encode(Image.new("L", (64, 64), 128), "JPEG", progressive=True)

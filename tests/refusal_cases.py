@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc
-from malformed_images import jpeg_of_scans, png_of_size, webp_of_chunks, with_segments
+from malformed_images import jpeg_of_frame, jpeg_of_scans, png_of_size, webp_of_chunks, with_segments
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -216,11 +216,15 @@ def _image_cases() -> Iterator[Refusal]:
         ("a TIFF image", "not a JPEG, PNG or WEBP", encode(scene, "TIFF")),
         ("half a PNG file", "cannot be decoded", png[: len(png) // 2]),
         ("half a JPEG file", "cannot be decoded", jpeg[: len(jpeg) // 2]),
+        ("a JPEG file without its last 20 bytes", "the end of the JPEG file is missing", jpeg[:-20]),
+        ("a JPEG file of 12 bits a sample", "12 bits a sample", jpeg_of_frame(jpeg, 0xC1, bits=12)),
+        ("a lossless JPEG file", "a lossless JPEG file", jpeg_of_frame(jpeg, 0xC3)),
+        ("a hierarchical JPEG file", "a hierarchical JPEG file", jpeg_of_frame(jpeg, 0xC5)),
         ("half a WebP file", "IMAGE", webp[: len(webp) // 2]),
-        ("a PNG file's signature, then text", "IMAGE", b"\x89PNG\r\n\x1a\n and no more"),
-        ("a JPEG file's first bytes", "IMAGE", jpeg[:20]),
+        ("a PNG file's signature, then text", "header of the PNG file", b"\x89PNG\r\n\x1a\n and no more"),
+        ("a JPEG file's first bytes", "header of the JPEG file", jpeg[:20]),
         ("a PNG file with other bytes in its data", "cannot be decoded", bytes(damaged)),
-        ("a PNG file of 0 x 5 pixels", "IMAGE", png_of_size(0, 5)),
+        ("a PNG file of 0 x 5 pixels", "header of the PNG file", png_of_size(0, 5)),
         ("a PNG file of 100000 x 100000 pixels", "pixels", png_of_size(100_000, 100_000)),
         ("a PNG file of 7000 x 8000 pixels", "7000 x 8000 pixels", png_of_size(7000, 8000)),
         ("a PNG file of 1 x 1000 pixels", "long side", png_of_size(1, 1000)),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
+import tritonclient.utils
+from circuit_breaker import MOST_SECONDS, CircuitBreaker
 from conftest import encode, scene_image
 from live_server import infer
 from path_density import FILE_NAME
 
-from explain_client import ExplainClient, ExplainError, RefusedError
+from explain_client import ExplainClient, ExplainError, RefusedError, UnavailableError
 from tools.bench.overload import measure, with_settings
 from tools.bench.processes import session
 from tools.bench.soak import soak
@@ -421,6 +424,22 @@ def test_clients_that_go_away_cost_nobody_else_anything(server, triton, image):
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 20
 
 
+def test_an_open_breaker_turns_no_request_away_that_needs_no_gradients(server, triton, image):
+    breaker = CircuitBreaker(server.process.pid, 24)
+    refused = pytest.raises(tritonclient.utils.InferenceServerException, match="are refused at present")
+    try:
+        breaker.open(1, MOST_SECONDS)
+        infer(triton, [image], outputs=("PROBABILITIES",))
+        with refused:
+            infer(triton, [image], outputs=("HEATMAP",), n_steps=1)
+        with refused:
+            infer(triton, [image], [3], outputs=("HEATMAP",))
+        with ExplainClient(server.grpc_url, retries=0) as client, pytest.raises(UnavailableError, match="refused at"):
+            client.explain(image)
+    finally:
+        breaker.remove()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a disk full")
 def test_a_full_disk_ends_the_command_with_a_sentence(server, tmp_path, image):
     folder = tmp_path / "full"
@@ -456,6 +475,31 @@ def test_ten_times_what_it_can_do_leaves_predictions_and_accepted_explanations_w
     assert np.isfinite(row["computing_p99_at_most"])
     # The longest wait, its computing time, and a second for the steps before and after the gradients.
     assert row["accepted_seconds"]["p99"] < 5 + row["computing_p99_at_most"] + 1
+
+
+@pytest.mark.slow
+def test_a_large_batch_is_answered_on_a_loaded_server_whatever_its_own_length(tmp_path):
+    repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5)
+    images = [encode(scene_image(index)) for index in range(32)]
+    ended, counts = threading.Event(), Counter()
+
+    def load(url: str) -> None:
+        with ExplainClient(url, retries=0) as client:
+            while not ended.is_set():
+                with contextlib.suppress(UnavailableError):
+                    counts[client.explain(images[0], n_steps=10).n_steps] += 1
+
+    with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
+        try:
+            for _ in range(2):
+                pool.submit(load, server.grpc_url)
+            time.sleep(2)
+            with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+                answer = infer(client, images, outputs=("N_STEPS", "ATTRIBUTIONS"), n_steps=50)
+        finally:
+            ended.set()
+    assert answer["N_STEPS"].tolist() == [[50]] * 32
+    assert counts[10] > 10  # it was loaded
 
 
 @pytest.mark.slow

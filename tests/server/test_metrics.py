@@ -38,6 +38,6 @@ def test_the_live_server_counts_requests_by_outcome_and_images_by_method(server,
     assert grown['integrated_gradients_steps_sum method="gausslegendre"'] == 5
     assert grown["integrated_gradients_rows_total "] >= 5 + 2 * 4
     assert grown["integrated_gradients_chunks_total "] == grown["integrated_gradients_chunk_fill_count "] >= 2
-    assert grown["integrated_gradients_wait_seconds_count "] == 3
+    assert grown["integrated_gradients_wait_seconds_count "] == 2  # of requests
     assert 0 < grown['integrated_gradients_compute_seconds_sum method="gausslegendre"'] < 60
     assert after["integrated_gradients_waiting_images "] == 0

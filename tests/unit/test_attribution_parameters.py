@@ -38,7 +38,8 @@ def test_the_limit_is_the_servers_for_the_default_too():
 
 
 def test_foreign_names_and_tritons_own_pass_by():
-    parse_parameters({"colormap": "x", "triton_enable_empty_final_response": True}, Limits(), {"colormap"})
+    sent = {"colormap": "x", "triton_enable_empty_final_response": True, "id": "a request"}
+    parse_parameters(sent, Limits(), {"colormap"})
 
 
 def test_unknown_names_are_refused():

@@ -10,7 +10,7 @@ import torch
 from attribution_engine import AttributionEngine
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker
-from row_scheduler import Admission
+from request_admission import Admission
 
 
 def fail_passes(engine, fails):

@@ -10,7 +10,8 @@ import torch
 from attribution_job import Explanation
 from conftest import relative_distance, small_job
 from gradient_worker import GradientWorker
-from row_scheduler import CANCELLATION_CHECK_SECONDS, Admission, OverloadedError
+from request_admission import Admission, OverloadedError, RequestStart
+from row_scheduler import CANCELLATION_CHECK_SECONDS
 
 
 @contextmanager
@@ -106,12 +107,19 @@ def test_what_would_wait_too_long_by_the_pace_of_late_is_not_taken(engine):
 
 def test_a_job_that_has_not_started_in_time_is_given_up(engine):
     done = []
-    waiting = small_job(5, seed=1, start_by=time.monotonic() - 1)
+    waiting = small_job(5, seed=1, request_start=RequestStart(time.monotonic() - 1))
     kept = small_job(5)
     for finished, explanation in engine.explain_as_done([kept, waiting]):
         done.append((finished, explanation is not None))
     assert sorted(kept is finished for finished, _ in done) == [False, True]
     assert dict((finished is kept, has) for finished, has in done) == {True: True, False: False}
+
+
+def test_the_images_of_a_request_share_the_wait_for_its_first_gradient(engine):
+    done = []
+    with working(engine, max_wait_seconds=0.05) as worker:  # its 60 rows take several times as long
+        worker.submit([small_job(20, seed) for seed in range(3)], lambda number, outcome: done.append(outcome))
+    assert [outcome is None for outcome in done] == [False] * 3
 
 
 def test_of_many_that_wait_few_are_asked_before_each_pass_whether_they_still_do(engine, monkeypatch):

@@ -70,7 +70,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
 
 
 def test_names_of_other_steps_and_tritons_own_are_passed_over() -> None:
-    sent = {"n_steps": 20, "triton_enable_empty_final_response": True, "overlay": "masked"}
+    sent = {"n_steps": 20, "triton_enable_empty_final_response": True, "id": "a request", "overlay": "masked"}
     assert parse_parameters(sent, {"n_steps"}) == parse_parameters({"overlay": "masked"})
     with pytest.raises(ParameterError, match="unknown parameter 'n_steps'"):
         parse_parameters(sent)

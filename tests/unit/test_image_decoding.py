@@ -1,5 +1,6 @@
 """`preprocess` against torchvision's own transform."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -17,6 +18,36 @@ LIMITS, DEFAULT = ImageLimits(), Preprocessing()
 
 def decode(file: bytes, limits: ImageLimits = LIMITS) -> Image.Image:
     return decode_image(open_image(file, DEFAULT, limits), "RGB", limits)
+
+
+KINDS_OF_JPEG: dict[str, dict] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 4},
+    "whole colour": {"subsampling": 0, "quality": 95},
+}
+
+
+@pytest.mark.parametrize("options", KINDS_OF_JPEG.values(), ids=KINDS_OF_JPEG)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_file_is_decoded_without_its_end_marker_and_refused_without_a_pixel(mode, options):
+    file = encode(scene_image(0, 100).convert(mode), "JPEG", **options)
+    whole = np.asarray(decode(file))
+    for missing in (1, 2):
+        np.testing.assert_array_equal(np.asarray(decode(file[:-missing])), whole)
+    scan_ends = [at for at in range(len(file)) if file.startswith((b"\xff\xda", b"\xff\xc4"), at)]
+    for length in (len(file) // 2, len(file) - 100, len(file) - 20, len(file) - 6, *scan_ends[1:]):
+        with pytest.raises(ImageError, match=r"the end of the JPEG file is missing|header of the JPEG file|truncated"):
+            decode(file[:length])
+
+
+def test_every_cut_is_refused_or_changes_nothing():
+    for options in KINDS_OF_JPEG.values():
+        file = encode(scene_image(1, 40), "JPEG", **options)
+        whole = np.asarray(decode(file))
+        for missing in range(1, 200):
+            with contextlib.suppress(ImageError):
+                np.testing.assert_array_equal(np.asarray(decode(file[:-missing])), whole, str((options, missing)))
 
 
 GRADIENT_16_BIT = np.linspace(0, 65535, 300 * 280).reshape(300, 280).astype(np.uint16)

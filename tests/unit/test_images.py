@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from scripted_server import Scripted, scripted_server
 from torchvision import transforms
 from tritonclient.grpc import model_config_pb2, service_pb2
@@ -199,6 +199,12 @@ def test_what_is_seen_stands_upright(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(as_seen(file)), np.asarray(TORCHVISION(upright)))
 
 
+def test_what_is_seen_of_a_jpeg_file_without_its_end_marker_is_the_same() -> None:
+    file = file_of(picture(300, 300), "JPEG")
+    for missing in (1, 2):
+        np.testing.assert_array_equal(np.asarray(as_seen(file[:-missing])), np.asarray(as_seen(file)))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_what_is_seen_is_rgb_whatever_the_file_holds(mode: str) -> None:
     image = picture(300, 300).convert(mode)
@@ -219,9 +225,79 @@ def test_what_is_seen_of_16_bits_is_their_high_byte() -> None:
     np.testing.assert_array_equal(np.asarray(as_seen(file_of(Image.fromarray(values)))), np.asarray(expected))
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
-def test_a_pil_image_of_a_mode_that_png_lacks_is_sent_as_rgb(mode: str) -> None:
-    assert decoded(encoded(picture(40, 30).convert(mode))).mode == "RGB"
+def in_mode(mode: str) -> Image.Image:
+    """A picture in a mode that PNG lacks."""
+    image = picture(40, 30)
+    if mode == "LAB":
+        profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+        assert converted is not None
+        return converted
+    through = {"PA": ("P", "PA"), "RGBa": ("RGBA", "RGBa"), "I": ("L", "I"), "F": ("L", "F")}.get(mode, (mode,))
+    for step in through:
+        image = image.convert(step)
+    assert image.mode == mode
+    return image
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "PA", "I", "F"])
+def test_a_pil_image_of_a_mode_that_png_lacks_is_sent_as_pillow_converts_it(mode: str) -> None:
+    seen = as_seen(encoded(in_mode(mode)), View((30, 40), (30, 40)))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(in_mode(mode).convert("RGB")))
+
+
+def test_grey_with_premultiplied_alpha_is_sent_without_it() -> None:
+    grey = picture(40, 30).convert("LA")
+    grey.putalpha(128)
+    sent = np.asarray(decoded(encoded(grey.convert("La"))).convert("L"), int)
+    assert np.abs(sent - np.asarray(grey.convert("L"), int)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full((4, 4), 0.5, np.float32), "mode F must have values from 0 to 255; up to 0.5 it is black"),
+        (np.full((4, 4), 255.5, np.float32), "mode F must have values from 0 to 255, not from 255.5 to 255.5"),
+        (np.full((4, 4), -1, np.float32), "mode F must have values from 0 to 255, not from -1 to -1"),
+        (np.full((4, 4), np.nan, np.float32), "mode F must have values from 0 to 255, not from nan to nan"),
+        (np.full((4, 4), 65536, np.int32), "mode I must have values from 0 to 65535, not from 65536 to 65536"),
+        (np.full((4, 4), -1, np.int32), "mode I must have values from 0 to 65535, not from -1 to -1"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_pil_image_of_numbers_that_are_no_shades_is_refused(values: np.ndarray, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        encoded(Image.fromarray(values))
+
+
+def test_a_black_pil_image_of_numbers_is_sent() -> None:
+    for dtype in (np.float32, np.int32):
+        assert decoded(encoded(Image.fromarray(np.zeros((4, 4), dtype)))).getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_pil_image_is_sent_upright_as_its_file_is_seen(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = file_of(picture(320, 200), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(file)) as opened:
+        sent = encoded(opened)
+        assert opened.getexif()[0x0112] == orientation  # the caller's image is left as it is
+    np.testing.assert_array_equal(np.asarray(as_seen(sent)), np.asarray(as_seen(file)))
+    upright = ImageOps.exif_transpose(decoded(file))
+    np.testing.assert_array_equal(np.asarray(decoded(sent)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_16_bits_are_sent_upright_as_their_file_is_seen(orientation: int) -> None:
+    values = np.linspace(0, 65535, 320 * 200).reshape(200, 320).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = file_of(Image.fromarray(values), exif=exif)
+    with Image.open(io.BytesIO(file)) as opened:
+        sent = encoded(opened)
+    np.testing.assert_array_equal(np.asarray(decoded(sent)), values if orientation == 1 else np.rot90(values, -1))
+    np.testing.assert_array_equal(np.asarray(as_seen(sent)), np.asarray(as_seen(file)))
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B"])

@@ -82,6 +82,14 @@ def test_models_that_the_gradients_depend_on_or_feed_are_refused_and_named(repos
         (repository / model / "config.pbtxt").write_bytes(before)
 
 
+def test_configs_that_an_option_of_triton_chooses_are_read_too(repository: Path) -> None:
+    (repository / "explain" / "configs").mkdir()
+    text = (repository / "explain" / "config.pbtxt").read_text()
+    (repository / "explain" / "configs" / "cached.pbtxt").write_text(f"{text}\n{ENABLED}\n")
+    with pytest.raises(ResponseCacheError, match=r"^explain must not .*: remove .* from explain/configs/cached.pbtxt$"):
+        check(repository)
+
+
 @pytest.mark.parametrize("model", ["preprocess", "integrated_gradients", "heatmap"])
 def test_python_models_are_refused_by_the_config_that_triton_gives_them(repository: Path, model: str) -> None:
     def given() -> dict:

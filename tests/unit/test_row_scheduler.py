@@ -6,12 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
+from request_admission import Admission, OverloadedError, RequestStart
 from row_scheduler import (
     CANCELLATION_CHECK_SECONDS,
     FAIRNESS_FACTOR,
     URGENT_SECONDS,
-    Admission,
-    OverloadedError,
     RowScheduler,
     Task,
     halve,
@@ -157,7 +156,7 @@ def test_rows_of_what_waits_and_of_what_is_under_way_go_before():
 
 def test_a_task_that_has_not_started_in_time_is_given_up(now):
     scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
-    task = Task(5, 0, start_by=now[0] + 1)
+    task = Task(5, 0, request_start=RequestStart(now[0] + 1))
     scheduler.add(task)
     assert scheduler.drop_given_up() == []
     now[0] += 1
@@ -167,11 +166,23 @@ def test_a_task_that_has_not_started_in_time_is_given_up(now):
 
 def test_a_started_task_is_not_given_up_for_its_wait(now):
     scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
-    task = Task(5, 0, start_by=now[0] + 1)
+    task = Task(5, 0, request_start=RequestStart(now[0] + 1))
     scheduler.add(task)
     scheduler.start(task, MadeUpPath(5))
     now[0] += 10
     assert scheduler.drop_given_up() == []
+
+
+def test_tasks_of_a_request_that_has_begun_are_not_given_up_for_their_wait(now):
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8)
+    begun, other = RequestStart(now[0] + 1), RequestStart(now[0] + 1)
+    first, second, strange = (Task(5, 0, request_start=start) for start in (begun, begun, other))
+    for task in (first, second, strange):
+        scheduler.add(task)
+    scheduler.start(first, MadeUpPath(5))
+    now[0] += 10
+    assert scheduler.drop_given_up() == [strange]
+    assert scheduler.next_to_start() is second
 
 
 def test_all_are_asked_at_intervals_whether_they_are_cancelled(now):

@@ -76,14 +76,27 @@ def _as_input(image: bytes) -> str:
     return base64.b64encode(struct.pack("<I", len(image)) + image).decode()
 
 
+class ProfileError(Exception):
+    """A profile export cannot be read; the message says why."""
+
+
 def read_profile(file: Path) -> list[dict[str, Any]]:
     """For each load of a profile export: requests, and milliseconds to the first and the last response.
 
     ``first_ms`` and ``last_ms`` are p50, p95 and p99. They differ only for streams.
+
+    Raises:
+        ProfileError: the export is cut off.
     """
     loads = []
-    # The file repeats the images, as bytes that are not text.
-    content = json.loads(file.read_text(errors="replace"), strict=False)
+    try:
+        # The file repeats the images, as bytes that are not text.
+        content = json.loads(file.read_text(errors="replace"), strict=False)
+    except json.JSONDecodeError:
+        raise ProfileError(
+            f"{file} is cut off: perf_analyzer's export ends at the first NaN. ERROR_ESTIMATE is NaN in the last level "
+            "of fewer than 8 steps and of method=calibrated; request at least 8 steps, or a tolerance"
+        ) from None
     for experiment in content["experiments"]:
         requests = experiment["requests"]
         waits = np.array(
@@ -120,8 +133,12 @@ def main() -> None:
             code = run(model, server.grpc_url, options, folder).returncode
     # For other models it prints all results, and their export contains all outputs and is cut off at the first NaN.
     if code == 0 and model == "explain_stream":
-        for entry in read_profile(folder / f"{model}.json"):
-            print(json.dumps(entry))
+        try:
+            for entry in read_profile(folder / f"{model}.json"):
+                print(json.dumps(entry))
+        except ProfileError as error:
+            print(f"{error}; the times to the first response are above", file=sys.stderr)
+            code = 1
     print(f"files in {folder}", file=sys.stderr)
     sys.exit(code)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
 from types import TracebackType
 
 import grpc
@@ -12,7 +13,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from explain_client.client import DEFAULT_URL, DEFAULT_WANT
-from explain_client.errors import ExplainError, from_stream, from_triton
+from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
 from explain_client.protocol import (
     VIEW_MODEL,
@@ -21,6 +22,7 @@ from explain_client.protocol import (
     Wanted,
     classify_call,
     explain_call,
+    is_final,
     read_explanation,
     read_predictions,
     read_response,
@@ -40,6 +42,7 @@ class AsyncExplainClient:
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
         self._timeout, self._retries = timeout, retries
         self._triton = triton.InferenceServerClient(url)
+        self._is_closed = False
         self._view: View | None = None
 
     async def __aenter__(self) -> AsyncExplainClient:
@@ -51,7 +54,8 @@ class AsyncExplainClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """See ``ExplainClient.close``."""
+        self._is_closed = True
         await self._triton.close()
 
     async def check(self) -> None:
@@ -62,7 +66,7 @@ class AsyncExplainClient:
             ExplainError: it is not a Triton server, or does not answer.
         """
         try:
-            await self._triton.get_server_metadata(client_timeout=self._timeout)
+            await self._connection.get_server_metadata(client_timeout=self._timeout)
         except InferenceServerException as error:
             raise from_triton(error) from error
 
@@ -118,18 +122,37 @@ class AsyncExplainClient:
         """See ``ExplainClient.view``."""
         if self._view is None:
             try:
-                answer = await self._triton.get_model_config(VIEW_MODEL, client_timeout=self._timeout)
+                answer = await self._connection.get_model_config(VIEW_MODEL, client_timeout=self._timeout)
             except InferenceServerException as error:
                 raise from_triton(error) from error
             self._view = read_view(answer.config)
         return self._view
+
+    @property
+    def _connection(self) -> triton.InferenceServerClient:
+        if self._is_closed:
+            raise closed_error()
+        return self._triton
+
+    @contextlib.contextmanager
+    def _told_of_closing(self) -> Iterator[None]:
+        """Raise ``ExplainError`` where gRPC cancels a call because the client was closed, but nobody the task."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            is_cancelled = task is not None and hasattr(task, "cancelling") and task.cancelling()  # from Python 3.11 on
+            if self._is_closed and not is_cancelled:
+                raise closed_error() from None
+            raise
 
     async def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)
         while True:
             seconds = attempts.seconds_left
             try:
-                return await self._triton.infer(**call.options(seconds), client_timeout=seconds)
+                with self._told_of_closing():
+                    return await self._connection.infer(**call.options(seconds), client_timeout=seconds)
             except InferenceServerException as error:
                 await asyncio.sleep(attempts.delay_after(from_triton(error)))
 
@@ -139,13 +162,17 @@ class AsyncExplainClient:
         async def requests() -> AsyncIterator[dict[str, object]]:
             yield call.options(seconds)
 
-        responses = self._triton.stream_infer(requests(), stream_timeout=seconds)
+        responses = self._connection.stream_infer(requests(), stream_timeout=seconds)
         try:
-            async for result, error in responses:
-                if error is not None:
-                    raise from_stream(error)
-                yield result
-        except grpc.RpcError as error:  # tritonclient does not convert it
-            raise from_triton(InferenceServerException(error.details(), str(error.code()))) from error
+            with self._told_of_closing():
+                async for result, error in responses:
+                    if error is not None:
+                        raise from_stream(error)
+                    yield result
+                    if is_final(result):
+                        return
+            raise cut_off_error()
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
         finally:
             responses.cancel()

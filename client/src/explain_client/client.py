@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import time
+import weakref
 from collections.abc import Collection, Iterator
 from types import TracebackType
 
+import grpc
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from explain_client.errors import ExplainError, TimedOutError, from_stream, from_triton
+from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
 from explain_client.protocol import (
     VIEW_MODEL,
@@ -21,6 +21,7 @@ from explain_client.protocol import (
     classify_call,
     explain_call,
     is_final,
+    message_of,
     read_explanation,
     read_predictions,
     read_response,
@@ -45,14 +46,17 @@ class ExplainClient:
         RefusedError: the server rejected the request; the message names the fault.
         UnavailableError: the server cannot be reached or has no room, after the retries.
         TimedOutError: there was no answer in time.
-        ExplainError: any other failure; the base class of these errors.
+        ExplainError: any other failure, as a client that is closed; the base class of these errors.
         OSError: the image's file cannot be read.
         TypeError: the image is an array of the wrong dtype or shape.
+        ValueError: the image is a PIL image with values out of range; ``images.encoded`` has the ranges.
     """
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
-        self._url, self._timeout, self._retries = url, timeout, retries
+        self._timeout, self._retries = timeout, retries
         self._triton = triton.InferenceServerClient(url)
+        # Called at the interpreter's exit at the latest: a channel that is still open then can hang it.
+        self._close = weakref.finalize(self, self._triton.close)
         self._view: View | None = None
 
     def __enter__(self) -> ExplainClient:
@@ -64,8 +68,8 @@ class ExplainClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._triton.close()
+        """Close the connection and end its streams: whoever waits for an answer gets an ``ExplainError``."""
+        self._close()
 
     def classify(self, image: ImageSource, *, top_k: int = 5) -> tuple[Prediction, ...]:
         """The likeliest classes of one image, best first."""
@@ -113,17 +117,24 @@ class ExplainClient:
         """The classifier's view of an image, for ``images.as_seen``: asked for once, then kept."""
         if self._view is None:
             try:
-                self._view = read_view(self._triton.get_model_config(VIEW_MODEL, client_timeout=self._timeout).config)
+                answer = self._connection.get_model_config(VIEW_MODEL, client_timeout=self._timeout)
             except InferenceServerException as error:
                 raise from_triton(error) from error
+            self._view = read_view(answer.config)
         return self._view
+
+    @property
+    def _connection(self) -> triton.InferenceServerClient:
+        if not self._close.alive:
+            raise closed_error()
+        return self._triton
 
     def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)
         while True:
             seconds = attempts.seconds_left
             try:
-                return self._triton.infer(**call.options(seconds), client_timeout=seconds)
+                return self._connection.infer(**call.options(seconds), client_timeout=seconds)
             except InferenceServerException as error:
                 time.sleep(attempts.delay_after(from_triton(error)))
 
@@ -143,24 +154,23 @@ class ExplainClient:
                 time.sleep(attempts.delay_after(error))
 
     def _responses(self, call: Call, seconds: float) -> Iterator[triton.InferResult]:
-        """The responses to one attempt. A connection takes only one stream, but connections share a channel."""
-        responses: queue.Queue[tuple[triton.InferResult, InferenceServerException | None]] = queue.Queue()
-        until = time.monotonic() + seconds
-        connection = triton.InferenceServerClient(self._url)
-        final = False
+        """The responses to one attempt, read in the caller's thread.
+
+        A stream of tritonclient's own has a thread that keeps the interpreter from ending, and when it is cancelled it
+        leaves another one waiting for ever.
+        """
+        requests = iter((message_of(call, seconds),))
+        responses = self._connection._client_stub.ModelStreamInfer(requests, timeout=seconds)
         try:
-            connection.start_stream(lambda result, error: responses.put((result, error)), stream_timeout=seconds)
-            with contextlib.suppress(InferenceServerException):  # its error comes as a response
-                connection.async_stream_infer(**call.options(seconds))
-            while not final:
-                try:
-                    result, error = responses.get(timeout=max(0.0, until - time.monotonic()) + 1)
-                except queue.Empty:
-                    raise TimedOutError(f"no answer within {seconds:.1f} s") from None
-                if error is not None:
-                    raise from_stream(error)
-                final = is_final(result)
+            for response in responses:
+                if response.error_message:
+                    raise from_stream(InferenceServerException(response.error_message))
+                result = triton.InferResult(response.infer_response)
                 yield result
+                if is_final(result):
+                    return
+            raise cut_off_error()
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
         finally:
-            connection.stop_stream(cancel_requests=not final)
-            connection.close()
+            responses.cancel()

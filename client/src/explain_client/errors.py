@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import grpc
 from tritonclient.utils import InferenceServerException
 
 
@@ -44,6 +45,21 @@ def from_triton(error: InferenceServerException) -> ExplainError:
     """This package's exception for one of tritonclient's."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     return _BY_STATUS.get(status, ExplainError)(error.message() or str(error), status)
+
+
+def from_rpc(error: grpc.RpcError) -> ExplainError:
+    """This package's exception for gRPC's, which tritonclient does not convert where it streams."""
+    return from_triton(InferenceServerException(error.details(), str(error.code())))
+
+
+def closed_error() -> ExplainError:
+    """The exception for a request to a client that is closed."""
+    return ExplainError("the client is closed")
+
+
+def cut_off_error() -> ExplainError:
+    """The exception for a stream without a final response."""
+    return ExplainError("the server ended the stream before its last response")
 
 
 # The server's messages begin with a code in brackets, for example "[invalid] ...". A stream's error has no status,

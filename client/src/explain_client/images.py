@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_MODES = ("1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA")
 
 
@@ -38,7 +39,11 @@ DEFAULT_VIEW = View()
 
 
 def encoded(image: ImageSource) -> bytes:
-    """The bytes to send: a file's own, else a PNG file, in RGB if PNG lacks the image's mode.
+    """The bytes to send: a file's own, else a PNG file.
+
+    A PIL image is turned upright by its EXIF orientation, as the server turns files. In a mode that PNG lacks it is
+    sent as ``Image.convert("RGB")`` makes it. Values of the mode ``F`` are those of 8 bits, from 0 to 255. Values of
+    the mode ``I`` are, too, or those of 16 bits where one is above 255.
 
     Args:
         image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3] or
@@ -47,6 +52,7 @@ def encoded(image: ImageSource) -> bytes:
     Raises:
         OSError: the file cannot be read.
         TypeError: an array of another dtype or shape.
+        ValueError: a PIL image of a mode that cannot be converted, or of mode ``F`` or ``I`` with values out of range.
     """
     if isinstance(image, bytes):
         return image
@@ -58,12 +64,37 @@ def encoded(image: ImageSource) -> bytes:
             )
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        if image.mode not in PNG_MODES:
-            image = image.convert("I;16" if image.mode == "I" else "RGB")
         file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)
+        _png_mode(ImageOps.exif_transpose(image)).save(file, "PNG", compress_level=1)
         return file.getvalue()
     return Path(image).read_bytes()
+
+
+def _png_mode(image: Image.Image) -> Image.Image:
+    """The image in a mode that PNG has."""
+    if image.mode in PNG_MODES:
+        return image
+    if image.mode in ("I", "F"):
+        return _of_numbers(image)
+    try:
+        # Pillow converts grey with premultiplied alpha only to grey with alpha.
+        return image.convert("LA" if image.mode == "La" else "RGB")
+    except ValueError as error:
+        raise ValueError(f"a PIL image of mode {image.mode} cannot be sent: {error}; convert it to RGB") from None
+
+
+def _of_numbers(image: Image.Image) -> Image.Image:
+    """An image of the mode ``I`` or ``F``, whose values may be any numbers, in 8 or 16 bits."""
+    values = np.asarray(image)
+    least, most = values.min(), values.max()
+    largest = 65535 if image.mode == "I" else 255
+    if not (least >= 0 and most <= largest):  # or NaN
+        raise ValueError(
+            f"a PIL image of mode {image.mode} must have values from 0 to {largest}, not from {least:g} to {most:g}"
+        )
+    if image.mode == "F" and 0 < most <= 1:
+        raise ValueError(f"a PIL image of mode F must have values from 0 to 255; up to {most:g} it is black")
+    return image.convert("I;16" if most > 255 else "L")
 
 
 def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
@@ -73,7 +104,9 @@ def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
         file: the encoded image.
         view: of the server's classifier: ``ExplainClient.view``.
     """
-    with Image.open(io.BytesIO(file)) as opened:
+    # The server accepts a JPEG file whose end marker is missing. Behind one, another one says nothing.
+    whole = file + JPEG_END if file.startswith(JPEG_START) else file
+    with Image.open(io.BytesIO(whole)) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16 bits: the server keeps the high byte
         image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))

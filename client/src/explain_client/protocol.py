@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc._utils import _get_inference_request  # makes the message that tritonclient's calls send
 
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, ImageSource, View, encoded
@@ -18,6 +20,8 @@ Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
 
 # At 224 x 224 pixels a saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
 TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
+# The target that stands for the predicted class.
+PREDICTED_CLASS = -1
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
 
@@ -42,6 +46,12 @@ class Call:
         }
 
 
+def message_of(call: Call, seconds: float) -> service_pb2.ModelInferRequest:
+    """The message of a request, for an answer within ``seconds``."""
+    unused = {"sequence_id": 0, "sequence_start": False, "sequence_end": False, "priority": 0}
+    return _get_inference_request(model_version="", request_id="", **unused, **call.options(seconds))
+
+
 def classify_call(image: ImageSource, top_k: int) -> Call:
     """A request to ``classify``."""
     return Call("classify", [_image(image)], [_classes(top_k)], {})
@@ -63,10 +73,9 @@ def explain_call(
     unknown = set(want) - set(TENSORS)
     if unknown:
         raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
-    inputs = [_image(image)]
-    if target is not None:
-        inputs.append(triton.InferInput("TARGET", [1, 1], "INT64"))
-        inputs[-1].set_data_from_numpy(np.array([[target]], np.int64))
+    # Always with a target: by it the server knows early that gradients are wanted.
+    inputs = [_image(image), triton.InferInput("TARGET", [1, 1], "INT64")]
+    inputs[1].set_data_from_numpy(np.array([[PREDICTED_CLASS if target is None else target]], np.int64))
     names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
     outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
     return Call(model, inputs, outputs, as_sent(parameters))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,7 +16,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from explain_client.client import DEFAULT_URL
-from explain_client.errors import from_triton
+from explain_client.errors import closed_error, from_triton
 from explain_client.protocol import ParameterValue, as_sent
 
 FloatArray = npt.NDArray[np.float32]
@@ -65,6 +67,8 @@ class TensorClient:
         self._timeout, self._headers = timeout, dict(headers or {})
         self._kind, self._device = shared_memory, device
         self._regions: dict[str, _Region] = {}
+        # Called at the interpreter's exit at the latest: shared memory would remain.
+        self._close = weakref.finalize(self, _close, self._triton, self._regions)
 
     def __enter__(self) -> TensorClient:
         return self
@@ -76,10 +80,7 @@ class TensorClient:
 
     def close(self) -> None:
         """Free the shared memory and close the connection."""
-        for region in self._regions.values():
-            region.close()
-        self._regions.clear()
-        self._triton.close()
+        self._close()
 
     def classify(self, pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Logits and probabilities, float32 [n, classes], of normalised float32 pixels [n, channels, height, width]."""
@@ -119,6 +120,7 @@ class TensorClient:
         parameters: Mapping[str, ParameterValue],
         shared_output: _Region | None = None,
     ) -> triton.InferResult:
+        self._check_open()
         requested = [triton.InferRequestedOutput(name) for name in outputs]
         if shared_output is not None:
             requested[-1].set_shared_memory(shared_output.name, shared_output.size)
@@ -135,6 +137,10 @@ class TensorClient:
         except InferenceServerException as error:
             raise from_triton(error) from error
 
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise closed_error()
+
     def _shared_input(self, name: str, values: FloatArray) -> triton.InferInput:
         """An input tensor, in shared memory if the client uses it."""
         values = np.ascontiguousarray(values, np.float32)
@@ -150,6 +156,7 @@ class TensorClient:
         """A shared region, kept between calls and replaced if it is too small; None without shared memory."""
         if self._kind is None:
             return None
+        self._check_open()
         region = self._regions.get(name)
         if region is None or region.size < size:
             if region is not None:
@@ -184,7 +191,8 @@ class _Region:
 
     def close(self) -> None:
         try:
-            self._unregister()
+            with contextlib.suppress(InferenceServerException):  # with the server its registration is gone, too
+                self._unregister()
         finally:
             self._memory.destroy_shared_memory_region(self._handle)
 
@@ -225,6 +233,13 @@ class _CudaRegion(_Region):
 
     def _unregister(self) -> None:
         self._client.unregister_cuda_shared_memory(self.name, headers=self._headers)
+
+
+def _close(connection: triton.InferenceServerClient, regions: dict[str, _Region]) -> None:
+    for region in regions.values():
+        region.close()
+    regions.clear()
+    connection.close()
 
 
 def _input(name: str, values: npt.NDArray[Any]) -> triton.InferInput:

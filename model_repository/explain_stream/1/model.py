@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients"
 from error_codes import code_of, outcome_of, triton_error, with_status
 from metric_families import metric_family
 from probe_requests import is_probe
+from request_parameters import is_of_triton
 from stream_levels import LevelAccumulator, LevelAnswer, plan_stream
 
 ATTRIBUTION_OUTPUTS = ("ATTRIBUTIONS", "SALIENCY", "CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE", "HEATMAP")
@@ -71,7 +72,7 @@ class _Stream:
         sent = json.loads(request.parameters())
         if len(sent) > MOST_PARAMETERS:
             raise _refusal(f"parameter count must be at most {MOST_PARAMETERS}, not {len(sent)}")
-        self.parameters = {name: value for name, value in sent.items() if not name.startswith("triton_")}
+        self.parameters = {name: value for name, value in sent.items() if not is_of_triton(name)}
         self.plan = plan_stream(self.parameters)
 
     def check_wanted(self) -> None:

@@ -48,7 +48,7 @@ class _JobTask(Task):
     """A waiting or running job: the noise samples still to draw, and the explanations of those that have finished."""
 
     def __init__(self, job: Job, expected_rows: int, rows_before: int) -> None:
-        super().__init__(expected_rows, rows_before, job.nt_samples, job.deadline, job.start_by, job.is_cancelled)
+        super().__init__(expected_rows, rows_before, job.nt_samples, job.deadline, job.request_start, job.is_cancelled)
         self.job = job
         self.explanations: list[Explanation] = []
         self._started = math.nan

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from request_admission import RequestStart
 from torch import Tensor
 
 
@@ -28,7 +29,7 @@ class Job:
     With ``parts`` the attribution is a summand: that of the nodes ``part``, ``part + parts``, ``part + 2 parts`` and so
     on, of one of Captum's methods.
 
-    With ``start_by``, by ``time.monotonic``, the job is given up if none of its rows has been passed by then.
+    The jobs of a request share ``request_start``. They are given up if none of their rows has been passed by its time.
 
     With ``nt_samples`` and ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over ``nt_samples`` paths to
     the image plus Gaussian noise of standard deviation ``stdevs``, drawn on the CPU from ``seed`` (SmoothGrad, arXiv
@@ -52,7 +53,7 @@ class Job:
     image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
     baseline_key: Hashable = None  # equal keys promise equal baselines, which are evaluated once
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
-    start_by: float = math.inf
+    request_start: RequestStart = field(default_factory=RequestStart)
 
     @property
     def refines(self) -> bool:

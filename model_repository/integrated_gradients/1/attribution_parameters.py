@@ -116,8 +116,7 @@ def parse_parameters(sent: Mapping[str, Any], limits: Limits, foreign: Set[str] 
     Args:
         sent: names and values as received; numbers may be numeric strings.
         limits: the server's limits.
-        foreign: names to ignore, because they belong to other steps of an ensemble. Names that begin with ``triton_``
-            are Triton's own and are ignored too.
+        foreign: names to ignore, because they belong to other steps of an ensemble. Triton's own are ignored too.
 
     Raises:
         ParameterError: names the parameter, its value and what is allowed.

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
-from row_scheduler import Admission
+from request_admission import Admission, RequestStart
 
 # Called in the worker's thread with a job's number and its explanation; None if it was given up, an exception if the
 # engine failed.
@@ -48,8 +48,8 @@ class GradientWorker:
         with self._changed:
             wait = self._engine.seconds_before(jobs[0], self._arrived)
             self._admission.check(len(jobs), self._engine.expected_rows(jobs[0]), len(self._unfinished), wait)
-            start_by = time.monotonic() + self._admission.max_wait_seconds
-            taken = [replace(job, start_by=start_by) for job in jobs]
+            start = RequestStart(time.monotonic() + self._admission.max_wait_seconds)
+            taken = [replace(job, request_start=start) for job in jobs]
             self._arrived += taken
             self._unfinished |= {job: (number, done) for number, job in enumerate(taken)}
             self._changed.notify()

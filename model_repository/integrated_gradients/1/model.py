@@ -30,9 +30,9 @@ from metric_families import metric_family
 from model_setup import ModelSetup
 from path_baselines import Baselines
 from path_density import FILE_NAME, CalibrationError, PathDensity
+from request_admission import Admission, OverloadedError
 from request_parameters import ParameterError
 from response_cache import refuse_caches_around
-from row_scheduler import Admission, OverloadedError
 
 # Time for the last answers and metrics to be sent before the process ends.
 LAST_WORDS_SECONDS = 0.5
@@ -203,6 +203,8 @@ class TritonPythonModel:
         self._count_request(request.reply, "explained")
         if request.reply.is_probe:
             return
+        begun = min(explanation.started for explanation in explanations)
+        self.metrics.observe("wait_seconds", max(0.0, begun - request.reply.arrived))
         asked = request.work.parameters
         method = (asked.deadline_ms and "deadline") or (asked.tolerance and "tolerance") or asked.method
         sizes = np.abs(outputs["ATTRIBUTIONS"]).sum(axis=(1, 2, 3))
@@ -212,7 +214,6 @@ class TritonPythonModel:
             self.metrics.observe("steps", explanation.n_steps, method=method)
             self.metrics.observe("convergence_gap", gap, method=method)
             self.metrics.observe("error_estimate", explanation.error_estimate, method=method)
-            self.metrics.observe("wait_seconds", max(0.0, explanation.started - request.reply.arrived))
             self.metrics.observe("compute_seconds", explanation.seconds, method=method)
 
 

@@ -31,6 +31,11 @@ class RequestParameters(BaseModel):
 ParametersT = TypeVar("ParametersT", bound=RequestParameters)
 
 
+def is_of_triton(name: str) -> bool:
+    """Whether a parameter is Triton's own: ``triton_...``, or ``id``, the request id of its generate extension."""
+    return name.startswith("triton_") or name == "id"
+
+
 def validate(
     kind: type[ParametersT],
     sent: Mapping[str, Any],
@@ -43,15 +48,14 @@ def validate(
     Args:
         kind: the model's parameter class.
         sent: names and values as received.
-        foreign: names to ignore, because they belong to other steps of an ensemble. Names that begin with ``triton_``
-            are Triton's own and are ignored too.
+        foreign: names to ignore, because they belong to other steps of an ensemble. Triton's own are ignored too.
         limits: values for the names in braces in descriptions.
         internal: names that are accepted, but not listed in messages.
 
     Raises:
         ParameterError: names the parameter, its value and what is allowed.
     """
-    values = {name: value for name, value in sent.items() if name not in foreign and not name.startswith("triton_")}
+    values = {name: value for name, value in sent.items() if name not in foreign and not is_of_triton(name)}
     fields = kind.model_fields
     for name in values:
         if name not in fields:

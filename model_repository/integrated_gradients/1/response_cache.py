@@ -40,7 +40,7 @@ def refuse_own_cache(config: Mapping[str, Any]) -> None:
         ResponseCacheError: it enables the cache.
     """
     if config.get("response_cache", {}).get("enable"):
-        raise _refusal(config["name"])
+        raise _refusal(config["name"], Path(config["name"], "config.pbtxt"))
 
 
 def refuse_caches_around(model_repository: str) -> None:
@@ -53,17 +53,19 @@ def refuse_caches_around(model_repository: str) -> None:
         ResponseCacheError: one of them enables the cache.
     """
     own = Path(model_repository)
-    for file in sorted(own.parent.glob("*/config.pbtxt")):
+    # Triton takes a model's config from the folder `configs` if it is started with `--model-config-name`.
+    for file in sorted((*own.parent.glob("*/config.pbtxt"), *own.parent.glob("*/configs/*.pbtxt"))):
         strings, is_cached = _read(file.read_text(errors="replace"))
-        model = file.parent.name
+        place = file.relative_to(own.parent)
+        model = place.parts[0]
         if is_cached and (model == "classifier" or own.name in strings):
-            raise _refusal(model)
+            raise _refusal(model, place)
 
 
-def _refusal(model: str) -> ResponseCacheError:
+def _refusal(model: str, config: Path) -> ResponseCacheError:
     return ResponseCacheError(
         f"{model} must not use Triton's response cache, whose key has neither parameters nor requested outputs: "
-        f"remove response_cache from {model}/config.pbtxt"
+        f"remove response_cache from {config}"
     )
 
 

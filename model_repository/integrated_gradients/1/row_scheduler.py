@@ -1,4 +1,4 @@
-"""Decides whose rows come next: the order of jobs and paths, the chunks they share, and admission. No tensors.
+"""Decides whose rows come next: the order of jobs and paths, and the chunks they share. No tensors.
 
 A job is a ``Task`` here. Its images, one for each noise sample, become paths one by one, and a path has rows. Each
 chunk is one forward and backward pass, of at most ``limit`` rows.
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
+
+from request_admission import RequestStart
 
 # A short job overtakes a longer one until ten times the longer job's rows have been passed since that came. So short
 # jobs come first, and a long one is overtaken only by those that come before its turn.
@@ -50,7 +52,7 @@ class Task:
         rows_before: rows that the engine had passed when it came.
         samples_left: paths that are still to be started.
         deadline: by ``time.monotonic``; None if there is none.
-        start_by: by ``time.monotonic``; it is given up if it has not started by then.
+        request_start: of its request.
         is_cancelled: whether its client no longer waits.
         samples_under_way: paths that have been started and have not ended.
         rows_spent: rows passed so far.
@@ -60,7 +62,7 @@ class Task:
     rows_before: int
     samples_left: int = 1
     deadline: float | None = None
-    start_by: float = math.inf
+    request_start: RequestStart = field(default_factory=RequestStart)
     is_cancelled: Callable[[], bool] = lambda: False
     samples_under_way: int = field(default=0, init=False)
     rows_spent: int = field(default=0, init=False)
@@ -101,10 +103,8 @@ class Task:
         return self.expected_rows * self.samples_left // self._samples
 
     def is_given_up(self, check_cancelled: bool) -> bool:
-        """Whether it waited too long for its first row or, with ``check_cancelled``, is cancelled."""
-        if not self.is_started and time.monotonic() >= self.start_by:
-            return True
-        return check_cancelled and self.is_cancelled()
+        """Whether its request waited too long for its first row or, with ``check_cancelled``, is cancelled."""
+        return self.request_start.is_too_late or (check_cancelled and self.is_cancelled())
 
 
 TaskT = TypeVar("TaskT", bound=Task)
@@ -194,6 +194,7 @@ class RowScheduler(Generic[TaskT, PathT]):
 
     def start(self, task: TaskT, path: PathT) -> None:
         """Begin one of a task's paths."""
+        task.request_start.has_begun = True
         task.samples_left -= 1
         task.samples_under_way += 1
         self._under_way.append((task, path))
@@ -255,55 +256,3 @@ def halve(chunk: Sequence[Piece[TaskT, PathT]]) -> list[Piece[TaskT, PathT]]:
     begun = [piece for piece in chunk if piece.rows.start < room]
     half = [replace(piece, rows=slice(piece.rows.start, min(piece.rows.stop, room))) for piece in begun]
     return [piece for piece in half if piece.rows.stop - piece.rows.start > piece.path.overlap]
-
-
-class OverloadedError(Exception):
-    """Too many jobs or rows wait already; the message says how many.
-
-    Attributes:
-        rows: at present, jobs of at least this many rows are refused; None if that is not known.
-        seconds: until there is likely room.
-    """
-
-    def __init__(self, message: str, rows: int | None, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.rows, self.seconds = rows, seconds
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Which jobs may wait.
-
-    Attributes:
-        max_wait_seconds: longest wait for a first row. A job expected to wait longer is rejected immediately; one that
-            has waited longer is given up.
-        max_waiting: most jobs that wait or run at once, which bounds their memory.
-    """
-
-    max_wait_seconds: float
-    max_waiting: int
-
-    def check(self, jobs: int, rows: int, waiting: int, wait_seconds: float) -> None:
-        """Admit jobs of one request.
-
-        Args:
-            jobs: their number.
-            rows: expected rows of each.
-            waiting: number of jobs that wait or run.
-            wait_seconds: expected seconds until their first row.
-
-        Raises:
-            OverloadedError: they are rejected.
-        """
-        if waiting and waiting + jobs > self.max_waiting:  # a request that comes alone is never too large
-            raise OverloadedError(
-                f"{waiting} images wait for their gradients, and at most {self.max_waiting} may",
-                0 if jobs == 1 else None,
-            )
-        if wait_seconds > self.max_wait_seconds:
-            raise OverloadedError(
-                f"the gradients that go before take about {wait_seconds:.1f} s, and at most "
-                f"{self.max_wait_seconds:g} s may be waited",
-                rows,
-                wait_seconds - self.max_wait_seconds,
-            )

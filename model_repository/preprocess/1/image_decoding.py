@@ -22,8 +22,13 @@ from classifier_files import Preprocessing
 from image_structure import ImageError, check_structure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode, functional
+from unended_jpeg import ended, lacks_pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+# The beginnings of their files.
+SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF": "WEBP"}
+# The key in an image's ``info`` of the bytes of a file without an end marker.
+UNENDED = "unended"
 # Pillow's mode of an image, by the channels of the classifier's input.
 MODES = {1: "L", 3: "RGB"}
 
@@ -56,9 +61,14 @@ def open_image(encoded: bytes, preprocessing: Preprocessing, limits: ImageLimits
         raise ImageError("IMAGE is empty")
     if len(encoded) > limits.max_bytes:
         raise ImageError(f"IMAGE has {len(encoded)} bytes; at most {limits.max_bytes} are allowed")
-    check_structure(encoded)
+    is_unended = check_structure(encoded)
     with _refusing(limits):
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(ended(encoded) if is_unended else encoded), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ImageError(_unidentified(encoded)) from None
+    if is_unended:
+        image.info[UNENDED] = encoded
     width, height = image.size
     size = f"{width} x {height} pixels"
     if min(width, height) < 1:
@@ -70,6 +80,14 @@ def open_image(encoded: bytes, preprocessing: Preprocessing, limits: ImageLimits
         ratio = limits.max_pixels // square
         raise ImageError(f"IMAGE has {size}; its long side must be at most {ratio} times its short side")
     return image
+
+
+def _unidentified(encoded: bytes) -> str:
+    """Why Pillow cannot tell what a file is."""
+    for signature, kind in SIGNATURES.items():
+        if encoded.startswith(signature) and (kind != "WEBP" or encoded[8:12] == b"WEBP"):
+            return f"IMAGE cannot be decoded: the header of the {kind} file is broken"
+    return f"IMAGE is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 
 def _resized_square(preprocessing: Preprocessing) -> int:
@@ -117,6 +135,8 @@ def decode_image(image: Image.Image, mode: str, limits: ImageLimits) -> Image.Im
         ImageError: the file is broken.
     """
     with _refusing(limits):
+        if UNENDED in image.info and lacks_pixels(image.info.pop(UNENDED), image):
+            raise ImageError("IMAGE cannot be decoded: the end of the JPEG file is missing")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
@@ -133,7 +153,7 @@ def _refusing(limits: ImageLimits) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, while it opens the file
         raise ImageError(f"IMAGE has too many pixels; at most {limits.max_pixels} in all are allowed") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"IMAGE is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever their parsers stumble over
         raise ImageError(f"IMAGE cannot be decoded: {str(error) or type(error).__name__:.200}") from None

@@ -26,32 +26,44 @@ _JPEG_START_OF_IMAGE, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN, _JPEG_APP1 = 0xD8
 _JPEG_RESERVED = range(0x01, 0xC0)
 
 
+# Codes of frames; what those are called that are not decoded (ITU-T T.81, table B.1).
+_JPEG_FRAMES = {
+    **dict.fromkeys((0xC0, 0xC1, 0xC2, 0xC9, 0xCA), ""),
+    **dict.fromkeys((0xC3, 0xCB), "lossless"),
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical"),
+}
+
+
 class ImageError(ValueError):
     """The bytes are not an image that can be served; the message says why."""
 
 
-def check_structure(encoded: bytes) -> None:
-    """Refuse files with more scans, segments or chunks than images have.
+def check_structure(encoded: bytes) -> bool:
+    """Refuse files with more scans, segments or chunks than images have, and JPEG files that no decoder here reads.
+
+    Returns:
+        Whether the file is a JPEG file without an end marker.
 
     Raises:
-        ImageError: there are too many, or a marker that no JPEG file has.
+        ImageError: there are too many, or a marker that no JPEG file has, or a frame of another kind than is decoded.
     """
     if encoded.startswith(b"\xff\xd8"):
-        _check_jpeg(encoded)
-    elif encoded.startswith(b"\x89PNG"):
+        return _check_jpeg(encoded)
+    if encoded.startswith(b"\x89PNG"):
         _check_chunks(encoded, "PNG", 8, len(encoded), "big", length_at=0, around=12, aligned_to=1)
     elif encoded.startswith(b"RIFF"):
         end = min(len(encoded), 8 + int.from_bytes(encoded[4:8], "little"))
         _check_chunks(encoded, "WebP", 12, end, "little", length_at=4, around=8, aligned_to=2)
+    return False
 
 
-def _check_jpeg(encoded: bytes) -> None:
+def _check_jpeg(encoded: bytes) -> bool:
     segments, exif_segments, position = 0, 0, 2
-    end = len(encoded)
+    end, is_ended = len(encoded), False
     while marker := _JPEG_MARKER.search(encoded, position):
         code, position = marker[0][1], marker.end()
         if code == _JPEG_END_OF_IMAGE:
-            end = position  # phones append videos and further pictures
+            end, is_ended = position, True  # phones append videos and further pictures
             break
         if code in _JPEG_RESERVED:
             raise ImageError(f"IMAGE is a JPEG file with a marker that none has, {code:#04x}")
@@ -59,6 +71,8 @@ def _check_jpeg(encoded: bytes) -> None:
             continue
         segments += 1
         length = int.from_bytes(encoded[position : position + 2], "big")
+        if code in _JPEG_FRAMES:
+            _check_frame(code, encoded[position + 2 : position + 3])
         exif_segments += code == _JPEG_APP1 and encoded.startswith(b"Exif", position + 2)
         if segments > MOST_JPEG_SEGMENTS or exif_segments > MOST_EXIF_SEGMENTS:
             raise ImageError("IMAGE is a JPEG file of too many segments")
@@ -66,6 +80,15 @@ def _check_jpeg(encoded: bytes) -> None:
     # All scans in the bytes are counted: a decoder may find scans where this parser finds none.
     if encoded.count(bytes((0xFF, _JPEG_START_OF_SCAN)), 0, end) > MOST_JPEG_SCANS:
         raise ImageError(f"IMAGE is a JPEG file of over {MOST_JPEG_SCANS} scans")
+    return not is_ended
+
+
+def _check_frame(code: int, bits: bytes) -> None:
+    """Refuse a frame of a kind that is not decoded, by the code of its marker and its bits a sample."""
+    if _JPEG_FRAMES[code]:
+        raise ImageError(f"IMAGE is a {_JPEG_FRAMES[code]} JPEG file; baseline and progressive ones are decoded")
+    if bits and bits[0] != 8:
+        raise ImageError(f"IMAGE is a JPEG file of {bits[0]} bits a sample; those of 8 bits are decoded")
 
 
 def _check_chunks(

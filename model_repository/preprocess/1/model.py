@@ -94,13 +94,13 @@ class TritonPythonModel:
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         if files.ndim != 2:  # Triton 2.51 drops the batch dimension of an empty batch
             raise ImageError("IMAGE must be at least one")
-        # A request for its target is one for gradients.
-        is_explained = "RESOLVED_TARGET" in request.requested_output_names()
+        is_of_explain = "RESOLVED_TARGET" in request.requested_output_names()
         if is_probe(request):
-            self._count("probes_total", "explain" if is_explained else "classify")
-        if is_explained:
+            self._count("probes_total", "explain" if is_of_explain else "classify")
+        if is_of_explain:
             parameters = read_parameters(json.loads(request.parameters()))
-            if parameters is not None:
+            # Triton tells no step which of the ensemble's outputs are requested: it may be the probabilities alone.
+            if parameters is not None and (target is not None or parameters.model_fields_set):
                 check_circuit(os.getppid(), parameters)
         target = np.full((len(files), 1), -1, np.int64) if target is None else target.as_numpy()
         images = self._for_each(lambda file: open_image(file, self.preprocessing, self.limits), files[:, 0])
