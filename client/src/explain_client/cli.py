@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from explain_client import __version__
 from explain_client.batch import explain_batch
-from explain_client.client import DEFAULT_URL
+from explain_client.connection import DEFAULT_URL
 from explain_client.doctor import diagnose
 from explain_client.options import explain_parser
 from explain_client.output import ALL_EXPLAINED, INTERRUPTED, SOME_FAILED

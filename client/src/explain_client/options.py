@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from explain_client import __version__
-from explain_client.client import DEFAULT_URL
+from explain_client.connection import DEFAULT_URL
 from explain_client.runs import STDIN
 
 # Contract parameters, by the type that their option takes.
@@ -88,7 +88,7 @@ def explain_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def contract_parameters(options: argparse.Namespace) -> dict[str, Any]:
+def contract_parameters(options: argparse.Namespace) -> Any:
     """The request parameters that were given."""
     return {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
 

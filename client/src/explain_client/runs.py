@@ -6,13 +6,14 @@ import asyncio
 import glob
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from explain_client.aio import AsyncExplainClient
 from explain_client.errors import ExplainError
-from explain_client.protocol import ParameterValue, Wanted
+from explain_client.parameters import Parameters
+from explain_client.protocol import Wanted
 from explain_client.results import Explanation
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -85,7 +86,7 @@ async def explain_all(
     target: int | None,
     top_k: int,
     want: Sequence[Wanted],
-    parameters: Mapping[str, ParameterValue],
+    parameters: Parameters,
 ) -> AsyncIterator[Outcome]:
     """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes."""
 
