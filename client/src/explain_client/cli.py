@@ -4,48 +4,83 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
+import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 
-from explain_client import __version__
-from explain_client.batch import explain_batch
-from explain_client.connection import DEFAULT_URL
+from explain_client.batch import explain_images
+from explain_client.client import ExplainClient
 from explain_client.doctor import diagnose
-from explain_client.options import explain_parser
-from explain_client.output import ALL_EXPLAINED, INTERRUPTED, SOME_FAILED
-from explain_client.streaming import explain_streamed
+from explain_client.errors import ExplainError, UnavailableError
+from explain_client.options import VERSION, UsageError, add_server_options, connection_options, parse, parse_explain
+from explain_client.output import ALL_EXPLAINED, INTERRUPTED, NO_SERVER, RED, SOME_FAILED, WRONG_USAGE, paint
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        if words[:1] == ["doctor"] and not os.path.exists("doctor"):
-            sys.exit(_doctor(words[1:]))
-        parser = explain_parser()
-        options = parser.parse_args(words)
-        if options.stream and options.report:
-            parser.error("--report takes no --stream")
-        sys.exit(explain_streamed(options) if options.stream else asyncio.run(explain_batch(options)))
+        try:
+            status = _run(words)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(SOME_FAILED)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        status = SOME_FAILED
+    sys.exit(status)
 
 
-def _doctor(words: list[str]) -> int:
+def _run(words: Sequence[str]) -> int:
+    commands = {"doctor": _doctor, "labels": _labels}
+    name = words[0] if words and words[0] in commands and not os.path.exists(words[0]) else ""
+    try:
+        if name:
+            return commands[name](words[1:])
+        options = parse_explain(words)
+        return asyncio.run(explain_images(options))
+    except UsageError as error:
+        print(f"explain: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except UnavailableError as error:
+        print(f"the server cannot be reached: {error}; try explain doctor", file=sys.stderr)
+        return NO_SERVER
+    except ExplainError as error:
+        print(f"explain: {error}", file=sys.stderr)
+        return SOME_FAILED
+
+
+def _doctor(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="explain doctor", description="Find out what is wrong with a server.")
-    parser.add_argument("--url", default=DEFAULT_URL, help="host and gRPC port (default: %(default)s)")
-    options = parser.parse_args(words)
-    print(f"explain-client {__version__}, tritonclient {version('tritonclient')}")
+    add_server_options(parser)
+    options = parse(parser, words)
+    print(f"{VERSION}, tritonclient {version('tritonclient')}")
     is_good = True
-    for finding in diagnose(options.url):
-        print(f"{'ok   ' if finding.is_good else 'FAULT'} {finding.name}: {finding.message}", flush=True)
+    for finding in diagnose(**connection_options(options)):
+        verdict = "ok   " if finding.is_good else paint("FAULT", RED, sys.stdout)
+        print(f"{verdict} {finding.name}: {finding.message}", flush=True)
         is_good = is_good and finding.is_good
     return ALL_EXPLAINED if is_good else SOME_FAILED
 
 
-if __name__ == "__main__":
-    main()
+def _labels(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="explain labels", description="List the server's classes, for --target.")
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+    add_server_options(parser)
+    options = parse(parser, words)
+    try:
+        client = ExplainClient(**connection_options(options))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    with client:
+        labels = client.labels()
+    print(json.dumps(labels) if options.json else "\n".join(f"{index:5} {label}" for index, label in enumerate(labels)))
+    return ALL_EXPLAINED
