@@ -29,13 +29,13 @@ def run() -> None:
     with ExplainClient(["a:1", "b:2"], 30.0, 2, headers={"x": "y"}, tls=tls, channel_options=options) as client:
         predictions: tuple[Prediction, ...] = client.classify(b"bytes", top_k=3)
         explanation: Explanation = client.explain("a.jpg", target="cat", **parameters)
-        client.explain(Image.new("RGB", (8, 8)), target=3, contrast="cat", want=["heatmap"], deadline_ms=100, clip_percentile=99.5)
+        client.explain(Image.new("RGB", (8, 8)), target=3, contrast="cat", want=["heatmap"], deadline_ms=100)
         for response in client.explain_stream(np.zeros((8, 8, 3), np.uint8), method="riemann_middle", output="logit"):
             if isinstance(response, Classification):
                 print(response.predictions[0].label, response.explained_label)
             else:
                 print(response.is_last, response.error_estimate + 1)
-        for result in client.explain_many([Path("a.jpg")], concurrency=2, colormap="turbo", overlay="masked"):
+        for result in client.explain_many([Path("a.jpg")], concurrency=2, colormap="turbo", clip_percentile=99.5):
             print(result if isinstance(result, Exception) else result.heatmap.size)
         labels: tuple[str, ...] = client.labels()
         view: View = client.view()
