@@ -96,7 +96,9 @@ def _images_of(arguments: list[Path]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="*", type=Path, help="your own images, or folders of them (default: eight photographs)")
+    parser.add_argument(
+        "images", nargs="*", type=Path, help="your own images, or folders of them (default: eight photographs)"
+    )
     arguments = parser.parse_args()
     own = _images_of(arguments.images)
     print("starting Triton ...", flush=True)
