@@ -64,6 +64,21 @@ def test_headers_go_with_every_call_and_a_missing_token_is_no_reason_to_retry(mo
         client.classify(b"image")
 
 
+def test_several_servers_share_the_requests():
+    with (
+        scripted_server(0) as (one, first),
+        scripted_server(0) as (other, second),
+        ExplainClient([first, second]) as client,
+    ):
+        until = time.monotonic() + 20  # the first requests go to the server that is connected first
+        while not (one.requests and other.requests) and time.monotonic() < until:
+            client.classify(b"image")
+        before = one.requests
+        for _ in range(6):
+            client.classify(b"image")
+    assert one.requests - before == 3
+
+
 def test_many_images_give_explanations_and_errors_in_their_order(tmp_path):
     images = [b"image", str(tmp_path / "absent.png"), b"image"]
     with scripted_server(0, Tied) as (_, url):
