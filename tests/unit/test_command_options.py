@@ -78,6 +78,7 @@ def test_paths_that_cannot_be_written_are_a_sentence(image, tmp_path, capsys):
         ["--out", image],
         ["--out", image / "below"],
         ["--out", "/proc/none"],
+        ["--out", "/proc"],
         ["--report", tmp_path],
         ["--report", image / "report.html"],
         ["--report", "/proc/none/report.html"],
