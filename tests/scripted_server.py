@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from concurrent import futures
 
 import grpc
+import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
 
 class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -40,12 +42,8 @@ class Streaming(Scripted):
         next(requests)
         message = service_pb2.ModelStreamInferResponse()
         response = message.infer_response
-        for name, datatype, content in (
-            ("PROBABILITIES", "BYTES", b"\x0b\0\0\x000.75:3:star"),
-            ("EXPLAINED_CLASS", "INT64", (3).to_bytes(8, "little")),
-        ):
-            response.outputs.add(name=name, datatype=datatype, shape=[1, 1])
-            response.raw_output_contents.append(content)
+        add_tensor(response, "PROBABILITIES", "BYTES", (b"0.75:3:star",))
+        add_tensor(response, "EXPLAINED_CLASS", "INT64", [3])
         response.parameters["triton_final_response"].bool_param = False
         yield message
         _wait(context)
@@ -54,6 +52,55 @@ class Streaming(Scripted):
 def _wait(context):
     while context.is_active():
         time.sleep(0.02)
+
+
+class Tied(Scripted):
+    """Two classes with the same probability, of which the explained one comes second; records headers and targets."""
+
+    def __init__(self, unavailable: int) -> None:
+        super().__init__(unavailable)
+        self.headers: list[dict[str, str]] = []
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        self.headers.append(dict(context.invocation_metadata()))
+        return self._answer(request)
+
+    def ModelStreamInfer(self, requests, context):  # noqa: N802
+        self.headers.append(dict(context.invocation_metadata()))
+        for request in requests:
+            response = self._answer(request)
+            response.parameters["triton_final_response"].bool_param = True
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+    def _answer(self, request):
+        count = request.outputs[0].parameters["classification"].int64_param
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        classes = (b"0.5:0:star", b"0.5:1:ring", b"0.0:2:cross")[:count]
+        add_tensor(response, "PROBABILITIES", "BYTES", classes)
+        if request.model_name != "classify":
+            targets = [each for each in request.inputs if each.name == "TARGET"]
+            target = np.frombuffer(request.raw_input_contents[1], np.int64)[0] if targets else 1
+            add_tensor(response, "EXPLAINED_CLASS", "INT64", [target])
+            add_tensor(response, "CONVERGENCE_DELTA", "FP32", [-1e-6])
+            add_tensor(response, "N_STEPS", "INT32", [4])
+            add_tensor(response, "ERROR_ESTIMATE", "FP32", [0.01])
+        return response
+
+
+class Guarded(Tied):
+    """Before a server that wants a token."""
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        if dict(context.invocation_metadata()).get("authorization") != "Bearer secret":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+        return super().ModelInfer(request, context)
+
+
+def add_tensor(response, name: str, datatype: str, values) -> None:
+    response.outputs.add(name=name, datatype=datatype, shape=[1, len(values)])
+    array = np.array(values, triton_to_np_dtype(datatype))
+    content = serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
+    response.raw_output_contents.append(content)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from explain_client import ExplainClient, View
 from explain_client.images import as_seen
+from explain_client.runs import find_sources
 from tools.classifiers.source import ExportError
 from tools.export import describe_served, ensure_exported, read_manifest
 from tools.imagenet.photographs import DEMO
@@ -79,16 +80,33 @@ def _tile(picture: Image.Image) -> Image.Image:
     return ImageOps.pad(picture, (TILE, TILE), color="white")
 
 
+def _images_of(arguments: list[Path]) -> list[Path]:
+    """The image files that were named, alone or by their folders; ends the program if one is none."""
+    images = [source.path for source in find_sources([str(path) for path in arguments], DEMO_OUTPUTS) if source.path]
+    if arguments and not images:
+        sys.exit(f"demo: no images in {', '.join(map(str, arguments))}")
+    for path in images:
+        try:
+            with Image.open(path):
+                pass
+        except OSError as error:
+            sys.exit(f"demo: {path} is not an image that can be read: {error.strerror or 'of no known format'}")
+    return images
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="*", type=Path, help="your own images (default: eight photographs)")
+    parser.add_argument(
+        "images", nargs="*", type=Path, help="your own images, or folders of them (default: eight photographs)"
+    )
     arguments = parser.parse_args()
+    own = _images_of(arguments.images)
     print("starting Triton ...", flush=True)
     try:
         ensure_exported(network=os.environ.get("NETWORK"))
         print(f"serves {describe_served()}", flush=True)
         network = (read_manifest() or {}).get("network")
-        images = arguments.images or write_samples(DEMO_OUTPUTS / "images", network)
+        images = own or write_samples(DEMO_OUTPUTS / "images", network)
         with EmbeddedServer(ports=Ports.free()) as server:
             command = [
                 str(Path(sys.executable).with_name("explain")),

@@ -111,6 +111,21 @@ def test_arrays_of_another_kind_are_refused(client):
             client.classify(array)
 
 
+def test_classes_are_known_by_their_labels(client, image_file):
+    assert client.labels() == tuple(CLASSES)
+    by_name = client.explain(image_file, target=CLASSES[3], contrast=CLASSES[1], n_steps=2, top_k=1)
+    by_number = client.explain(image_file, target=3, contrast=1, n_steps=2)
+    np.testing.assert_array_equal(by_name.saliency, by_number.saliency)
+    assert by_name.explained_label == by_number.explained_label == CLASSES[3]
+
+
+def test_many_images_are_explained_in_their_order(client):
+    images = [encode(scene_image(index)) for index in range(4)]
+    found = list(client.explain_many([*images, b"no picture"], n_steps=2, want=[], concurrency=3))
+    assert [each.explained_class for each in found[:4]] == [client.classify(image)[0].index for image in images]
+    assert isinstance(found[4], RefusedError)
+
+
 def test_only_what_is_wanted_is_transferred(client, image_file):
     explanation = client.explain(image_file, n_steps=2, want=["attributions"])
     assert (explanation.saliency, explanation.heatmap_png) == (None, None)

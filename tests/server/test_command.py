@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,6 +20,7 @@ import pytest
 from conftest import scene_image
 from PIL import Image
 
+from explain_client.cli import main
 from explain_client.runs import find_sources
 from tools.paths import MODEL_REPOSITORY, ROOT
 from tools.server import EmbeddedServer, Ports
@@ -50,6 +56,7 @@ def test_command_explains_what_it_can_and_names_what_it_cannot(server, folder, t
     assert re.search(rf"one.png +\S+ +[\d.]+% +{CLASSES[2]} +4 +- +-?\d+\.\d+ +\d+\n", result.stdout)
     assert "broken.png: in ensemble 'explain', [invalid] IMAGE is not a JPEG, PNG or WEBP file" in result.stderr
     assert "absent.jpg" in result.stderr
+    assert result.stderr.endswith(f"1 of 3 explained, 2 failed; heatmap in {tmp_path}/out/one.heatmap.png\n")
     with Image.open(tmp_path / "out" / "one.heatmap.png") as heatmap:
         assert heatmap.size == (224, 224)
     assert not (tmp_path / "out" / "broken.heatmap.png").exists()
@@ -73,7 +80,8 @@ def test_a_folder_keeps_its_shape_shows_progress_and_is_taken_up_again(server, f
     (folder / "broken.png").unlink()
     result = explain(*words, "--skip-existing")
     assert result.returncode == 0
-    assert "4 of 5 have their heatmaps" in result.stderr
+    assert "4 of 5 have their heatmaps\n" in result.stderr
+    assert result.stderr.endswith(f"1 of 5 explained, 4 kept from before; heatmap in {out}/one.heatmap.png\n")
     assert (out / "one.heatmap.png").is_file()
     assert "one.png" in result.stdout
     assert "two" not in result.stdout
@@ -105,9 +113,11 @@ def test_stream_shows_the_prediction_and_then_the_error_shrinking(server, folder
         assert first["image"] == "stdin"
         errors = [level["error_estimate"] for level in levels]
     else:
-        _, first, *levels = result.stdout.splitlines()
-        assert re.match(rf"stdin: {CLASSES[draw_scene('test', 0).label]} [\d.]+% after \d+ ms", first)
-        errors = [float(re.search(r"estimated error +([\d.]+)%", level)[1]) for level in levels]
+        header, first, *levels = result.stdout.splitlines()
+        assert header.split() == ["image", "label", "prob.", "steps", "error", "ms"]
+        assert re.match(rf"stdin +{CLASSES[draw_scene('test', 0).label]} +[\d.]+% +\d+", first)
+        assert {len(line) for line in (first, *levels)} == {len(header)}
+        errors = [float(level.split()[1].rstrip("%")) for level in levels]
     assert len(errors) == 2
     assert errors[0] > errors[1]
     assert (tmp_path / "stdin.heatmap.png").is_file()
@@ -115,15 +125,11 @@ def test_stream_shows_the_prediction_and_then_the_error_shrinking(server, folder
 
 def test_exit_status_tells_wrong_usage_and_absent_servers(server, folder, tmp_path):
     assert explain().returncode == 2
-    assert explain(folder / "one.png", "--top-k", 0).returncode == 2
-    assert explain(folder / "one.png", "--stream", "--report", "x.html").returncode == 2
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert explain(empty, "--url", server.grpc_url).returncode == 2
     for options in ([], ["--stream"]):
         result = explain(folder / "one.png", "--url", "127.0.0.1:9", "--out", tmp_path / "out", *options)
         assert result.returncode == 3
-        assert "127.0.0.1:9 cannot be reached" in result.stderr
+        assert "the server cannot be reached: " in result.stderr
+        assert "127.0.0.1:9" in result.stderr
         assert "Traceback" not in result.stderr
 
 
@@ -145,6 +151,101 @@ def test_sources_are_found_once_and_their_heatmaps_have_names_of_their_own(folde
     assert len({source.heatmap for source in sources}) == len(sources)
 
 
+@pytest.fixture
+def explain_here(server, capsys):
+    """Runs the command in this process, which is faster; gives exit status, output and messages."""
+
+    def call(*words: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, words), "--url", server.grpc_url])
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_folder_is_explained_twice_without_its_own_heatmaps(explain_here, folder, monkeypatch):
+    monkeypatch.chdir(folder / "more")
+    for _ in range(2):
+        assert explain_here(".", "--out", ".", *FEW_STEPS)[2] == "2 of 2 explained; heatmaps in ./\n"
+    assert len(list(Path().iterdir())) == 4
+
+
+def test_skipped_images_are_in_the_report_and_other_options_are_noticed(explain_here, folder, tmp_path):
+    images, page = [folder / "one.png", folder / "two.jpg"], tmp_path / "page.html"
+    words = ["--out", tmp_path / "out", "--skip-existing", "--report", page, *FEW_STEPS]
+    explain_here(images[0], *words)
+    heatmap = (tmp_path / "out" / "one.heatmap.png").read_bytes()
+    for options, message in (
+        ([], "1 of 2 have their heatmaps\n"),
+        (
+            ["--target", CLASSES[3]],
+            "0 of 2 have their heatmaps; 2 were made with other options and are explained again",
+        ),
+        (["--target", 3], "2 of 2 have their heatmaps\n"),
+    ):
+        _, _, said = explain_here(*images, *words, *options)
+        assert message in said
+        assert page.read_text().count("<article") == 2
+        assert ((tmp_path / "out" / "one.heatmap.png").read_bytes() == heatmap) == (options == [])
+    assert said.endswith("0 of 2 explained, 2 kept from before\n")
+
+
+def test_classes_are_listed_and_taken_by_name(explain_here, folder, tmp_path):
+    listed = explain_here("labels")[1].splitlines()
+    assert [line.split(maxsplit=1) for line in listed] == [[str(index), label] for index, label in enumerate(CLASSES)]
+    assert json.loads(explain_here("labels", "--json")[1]) == list(CLASSES)
+    words = [folder / "one.png", "--out", tmp_path / "out", "--json", "--top-k", 1, *FEW_STEPS]
+    line = json.loads(explain_here(*words, "--target", CLASSES[2].upper(), "--contrast", CLASSES[4])[1])
+    assert (line["explained_class"], line["explained_label"]) == (2, CLASSES[2])
+    shutil.rmtree(tmp_path / "out")
+    for option in ("--target", "--contrast"):
+        for name, message in (("hart", "near are heart"), (99, "99 is not one of the server's classes, 0 to")):
+            code, _, said = explain_here(*words, option, name)
+            assert code == 2
+            assert f"explain: {option}" in said
+            assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def in_terminal(*words: object, columns: int, **variables: str) -> str:
+    """What the command shows on a terminal of so many columns, with its control characters."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")} | variables
+    command = [sys.executable, "-m", "explain_client", *map(str, words)]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    process.wait(20)
+    return shown.decode()
+
+
+def test_output_fits_a_narrow_terminal_and_colours_can_be_switched_off(server, folder, tmp_path):
+    images = [folder / name for name in ("one.png", "two.webp", "broken.png")]
+    words = [*images, "--url", server.grpc_url, "--out", tmp_path, *FEW_STEPS]
+    shown = in_terminal(*words, columns=60)
+    assert "\x1b[31m" in shown
+    table = [line for line in re.split(r"[\r\n]+", shown) if re.match(r"image |\S+\.(png|jpe?g|webp) +\S", line)]
+    assert len(table) == 3
+    assert max(map(len, table)) <= 60
+    assert "\x1b[31m" not in in_terminal(images[-1], *words[3:], columns=60, NO_COLOR="1")
+
+
+def test_a_closed_pipe_ends_the_run_quietly(server, folder, tmp_path):
+    images = [folder / "one.png", folder / "two.jpg", folder / "two.webp"]
+    command = [EXPLAIN, *images, "--url", server.grpc_url, "--out", tmp_path / "out", "--concurrency", 1, *FEW_STEPS]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(20) == 1
+    assert len(list((tmp_path / "out").iterdir())) < len(images)
+
+
 def doctor(url: str) -> tuple[int, str]:
     result = explain("doctor", "--url", url)
     assert "Traceback" not in result.stderr
@@ -163,11 +264,11 @@ def test_doctor_names_a_server_that_is_down_and_a_wrong_port(server):
         ("127.0.0.1:9", "nothing answers at 127.0.0.1:9"),
         (server.http_url, "speaks HTTP, not gRPC: give the gRPC port"),
         (server.metrics_url.removeprefix("http://").removesuffix("/metrics"), "speaks HTTP"),
-        ("localhost", "not HOST:PORT"),
+        ("ftp://localhost", "not HOST:PORT"),
     ):
         code, said = doctor(url)
         assert code == 1
-        assert f"FAULT {'address' if url == 'localhost' else 'protocol' if 'HTTP' in message else 'connection'}" in said
+        assert f"FAULT {'address' if '//' in url else 'protocol' if 'HTTP' in message else 'connection'}" in said
         assert message in said
 
 

@@ -4,12 +4,15 @@ from importlib.metadata import version
 
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import ExplainClient
+from explain_client.connection import TLS
 from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
 from explain_client.images import View
+from explain_client.parameters import Parameters, TensorParameters
 from explain_client.results import Attribution, Classification, Explanation, Level, Prediction
 from explain_client.tensors import TensorAttribution, TensorClient
 
 __all__ = [
+    "TLS",
     "AsyncExplainClient",
     "Attribution",
     "Classification",
@@ -17,10 +20,12 @@ __all__ = [
     "ExplainError",
     "Explanation",
     "Level",
+    "Parameters",
     "Prediction",
     "RefusedError",
     "TensorAttribution",
     "TensorClient",
+    "TensorParameters",
     "TimedOutError",
     "UnavailableError",
     "View",

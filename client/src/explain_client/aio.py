@@ -5,31 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import grpc
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from explain_client.client import DEFAULT_URL, DEFAULT_WANT
+from explain_client.client import DEFAULT_WANT
+from explain_client.connection import TLS, Url, connect
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
+from explain_client.labels import names_labels, with_classes
+from explain_client.many import in_order_async
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
-    ParameterValue,
+    Model,
     Wanted,
     classify_call,
     explain_call,
     is_final,
+    labels_call,
     read_explanation,
+    read_labels,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.results import Answer, Classification, Explanation, Level, Prediction, has_label, with_label
 from explain_client.retries import Attempts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from explain_client.parameters import Parameters
 
 
 class AsyncExplainClient:
@@ -39,11 +50,22 @@ class AsyncExplainClient:
     at its next part; ``explain`` runs on until it is done or its ``timeout`` is over.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
+    def __init__(
+        self,
+        url: Url | None = None,
+        timeout: float = 300.0,
+        retries: int = 2,
+        *,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+        tls: TLS | None = None,
+        channel_options: Mapping[str, str | int] | None = None,
+    ) -> None:
         self._timeout, self._retries = timeout, retries
-        self._triton = triton.InferenceServerClient(url)
+        self._triton = connect(url, headers, token, tls, channel_options).open_async()
         self._is_closed = False
         self._view: View | None = None
+        self._labels: tuple[str, ...] | None = None
 
     async def __aenter__(self) -> AsyncExplainClient:
         return self
@@ -78,32 +100,52 @@ class AsyncExplainClient:
         self,
         image: ImageSource,
         *,
-        target: int | None = None,
+        target: int | str | None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
-        **parameters: ParameterValue,
+        **parameters: Unpack[Parameters],
     ) -> Explanation:
         """See ``ExplainClient.explain``."""
-        call = explain_call("explain", image, target, top_k, want, parameters)
+        call = await self._call("explain", image, target, top_k, want, parameters)
         started = time.perf_counter()
         result = await self._infer(call)
-        return read_explanation(result, 1e3 * (time.perf_counter() - started))
+        return await self._labelled(call, read_explanation(call, result, 1e3 * (time.perf_counter() - started)))
+
+    def explain_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        concurrency: int = 8,
+        target: int | str | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> AsyncIterator[Explanation | ExplainError | OSError]:
+        """See ``ExplainClient.explain_many``."""
+
+        async def explain(image: ImageSource) -> Explanation | ExplainError | OSError:
+            try:
+                return await self.explain(image, target=target, top_k=top_k, want=want, **parameters)
+            except (ExplainError, OSError) as error:
+                return error
+
+        return in_order_async(explain, images, concurrency)
 
     async def explain_stream(
         self,
         image: ImageSource,
         *,
-        target: int | None = None,
+        target: int | str | None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
-        **parameters: ParameterValue,
+        **parameters: Unpack[Parameters],
     ) -> AsyncIterator[Classification | Level]:
         """See ``ExplainClient.explain_stream``.
 
         If you leave the loop early, the stream is cancelled when the iterator is closed; ``async with
         contextlib.aclosing(...)`` closes it at once.
         """
-        call = explain_call("explain_stream", image, target, top_k, want, parameters)
+        call = await self._call("explain_stream", image, target, top_k, want, parameters)
         attempts = Attempts(self._timeout, self._retries)
         started = time.perf_counter()
         while True:
@@ -111,12 +153,19 @@ class AsyncExplainClient:
             try:
                 async for result in self._responses(call, attempts.seconds_left):
                     is_answered = True
-                    yield read_response(result, 1e3 * (time.perf_counter() - started))
+                    response = read_response(call, result, 1e3 * (time.perf_counter() - started))
+                    yield await self._labelled(call, response) if isinstance(response, Classification) else response
                 return
             except ExplainError as error:
                 if is_answered:  # responses that the caller has cannot be repeated
                     raise
                 await asyncio.sleep(attempts.delay_after(error))
+
+    async def labels(self) -> tuple[str, ...]:
+        """See ``ExplainClient.labels``."""
+        if self._labels is None:
+            self._labels = read_labels(await self._infer(labels_call()))
+        return self._labels
 
     async def view(self) -> View:
         """See ``ExplainClient.view``."""
@@ -145,6 +194,22 @@ class AsyncExplainClient:
             if self._is_closed and not is_cancelled:
                 raise closed_error() from None
             raise
+
+    async def _call(
+        self,
+        model: Model,
+        image: ImageSource,
+        target: int | str | None,
+        top_k: int,
+        want: Collection[Wanted],
+        parameters: Parameters,
+    ) -> Call:
+        labels = await self.labels() if names_labels(target, parameters) else ()
+        number, numbers = with_classes(target, parameters, labels)
+        return explain_call(model, image, number, top_k, want, numbers)
+
+    async def _labelled(self, call: Call, answer: Answer) -> Answer:
+        return answer if has_label(answer) else with_label(answer, await self.labels(), call.explains_prediction)
 
     async def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)

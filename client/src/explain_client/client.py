@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import grpc
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from explain_client.connection import TLS, Url, connect
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
+from explain_client.labels import names_labels, with_classes
+from explain_client.many import in_order
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
-    ParameterValue,
+    Model,
     Wanted,
     classify_call,
     explain_call,
     is_final,
+    labels_call,
     message_of,
     read_explanation,
+    read_labels,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.results import Answer, Classification, Explanation, Level, Prediction, has_label, with_label
 from explain_client.retries import Attempts
 
-DEFAULT_URL = "localhost:8001"
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from explain_client.parameters import Parameters
+
 DEFAULT_WANT: tuple[Wanted, ...] = ("saliency", "heatmap")
 
 
@@ -38,9 +48,19 @@ class ExplainClient:
     """A connection to a server, usable as a context manager and from several threads.
 
     Args:
-        url: host and gRPC port.
+        url: host and gRPC port; ``grpcs://HOST:PORT`` for TLS, ``dns:///HOST:PORT`` or several addresses for requests
+            to several servers in turn. None: the variable EXPLAIN_URL, else ``localhost:8001``.
         timeout: seconds for a request with its retries; the server stops working on it then, too.
         retries: most repetitions of a request when the server is UNAVAILABLE, with exponential backoff.
+        headers: sent with every request, besides those of the variable EXPLAIN_HEADERS (``Name: value``, one a line).
+        token: a bearer token, sent in the header ``authorization``.
+        tls: files of certificates to trust and of the client's own.
+        channel_options: gRPC's channel arguments.
+
+    Raises:
+        ValueError: an address or a header is malformed.
+        OSError: a file of ``tls`` cannot be read.
+        UnavailableError: of several addresses one cannot be resolved.
 
     Every method raises, besides its own errors:
         RefusedError: the server rejected the request; the message names the fault.
@@ -52,12 +72,24 @@ class ExplainClient:
         ValueError: the image is a PIL image with values out of range; ``images.encoded`` has the ranges.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, timeout: float = 300.0, retries: int = 2) -> None:
+    def __init__(
+        self,
+        url: Url | None = None,
+        timeout: float = 300.0,
+        retries: int = 2,
+        *,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+        tls: TLS | None = None,
+        channel_options: Mapping[str, str | int] | None = None,
+    ) -> None:
+        self._server = connect(url, headers, token, tls, channel_options)
         self._timeout, self._retries = timeout, retries
-        self._triton = triton.InferenceServerClient(url)
+        self._triton = self._server.open()
         # Called at the interpreter's exit at the latest: a channel that is still open then can hang it.
         self._close = weakref.finalize(self, self._triton.close)
         self._view: View | None = None
+        self._labels: tuple[str, ...] | None = None
 
     def __enter__(self) -> ExplainClient:
         return self
@@ -79,39 +111,75 @@ class ExplainClient:
         self,
         image: ImageSource,
         *,
-        target: int | None = None,
+        target: int | str | None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
-        **parameters: ParameterValue,
+        **parameters: Unpack[Parameters],
     ) -> Explanation:
         """The prediction for one image and the attribution that explains it.
 
         Args:
             image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3].
-            target: the class to explain; the predicted one if absent.
+            target: the class to explain, by number or label; the predicted one if absent.
             top_k: how many predictions to return.
             want: tensors to transfer: ``saliency``, ``attributions``, ``heatmap``.
             parameters: request parameters of the serving contract: ``n_steps``, ``tolerance``, ``baseline``, ...
+
+        Raises:
+            TypeError: a name in ``parameters`` is none of the contract.
+            ValueError: ``target`` or ``contrast`` is a label that the server does not have.
         """
-        call = explain_call("explain", image, target, top_k, want, parameters)
+        call = self._call("explain", image, target, top_k, want, parameters)
         started = time.perf_counter()
         result = self._infer(call)
-        return read_explanation(result, 1e3 * (time.perf_counter() - started))
+        return self._labelled(call, read_explanation(call, result, 1e3 * (time.perf_counter() - started)))
+
+    def explain_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        concurrency: int = 8,
+        target: int | str | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> Iterator[Explanation | ExplainError | OSError]:
+        """For each image, in their order, its explanation or the error that it got instead.
+
+        Images are taken from ``images`` as they are needed. The other arguments are those of ``explain``.
+
+        Args:
+            concurrency: requests in flight.
+        """
+
+        def explain(image: ImageSource) -> Explanation | ExplainError | OSError:
+            try:
+                return self.explain(image, target=target, top_k=top_k, want=want, **parameters)
+            except (ExplainError, OSError) as error:
+                return error
+
+        return in_order(explain, images, concurrency)
 
     def explain_stream(
         self,
         image: ImageSource,
         *,
-        target: int | None = None,
+        target: int | str | None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
-        **parameters: ParameterValue,
+        **parameters: Unpack[Parameters],
     ) -> Iterator[Classification | Level]:
         """The prediction at once, then attributions that get more exact; the last has ``is_last``.
 
         If you leave the loop early, the rest is cancelled on the server. Arguments are those of ``explain``.
         """
-        return self._stream(explain_call("explain_stream", image, target, top_k, want, parameters))
+        return self._stream(self._call("explain_stream", image, target, top_k, want, parameters))
+
+    def labels(self) -> tuple[str, ...]:
+        """The label of each class: asked for once, then kept."""
+        if self._labels is None:
+            self._labels = read_labels(self._infer(labels_call()))
+        return self._labels
 
     def view(self) -> View:
         """The classifier's view of an image, for ``images.as_seen``: asked for once, then kept."""
@@ -128,6 +196,23 @@ class ExplainClient:
         if not self._close.alive:
             raise closed_error()
         return self._triton
+
+    def _call(
+        self,
+        model: Model,
+        image: ImageSource,
+        target: int | str | None,
+        top_k: int,
+        want: Collection[Wanted],
+        parameters: Parameters,
+    ) -> Call:
+        labels = self.labels() if names_labels(target, parameters) else ()
+        number, numbers = with_classes(target, parameters, labels)
+        return explain_call(model, image, number, top_k, want, numbers)
+
+    def _labelled(self, call: Call, answer: Answer) -> Answer:
+        """The answer with its explained class's label, which is among the predictions or asked for."""
+        return answer if has_label(answer) else with_label(answer, self.labels(), call.explains_prediction)
 
     def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)
@@ -146,7 +231,8 @@ class ExplainClient:
             try:
                 for result in self._responses(call, attempts.seconds_left):
                     is_answered = True
-                    yield read_response(result, 1e3 * (time.perf_counter() - started))
+                    response = read_response(call, result, 1e3 * (time.perf_counter() - started))
+                    yield self._labelled(call, response) if isinstance(response, Classification) else response
                 return
             except ExplainError as error:
                 if is_answered:  # responses that the caller has cannot be repeated
@@ -160,7 +246,8 @@ class ExplainClient:
         leaves another one waiting for ever.
         """
         requests = iter((message_of(call, seconds),))
-        responses = self._connection._client_stub.ModelStreamInfer(requests, timeout=seconds)
+        stub, headers = self._connection._client_stub, tuple(self._server.headers.items())
+        responses = stub.ModelStreamInfer(requests, timeout=seconds, metadata=headers)
         try:
             for response in responses:
                 if response.error_message:

@@ -7,7 +7,7 @@ import re
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from explain_client.client import ExplainClient
+from explain_client.connection import RESOLVER, TLS, Connection, Url, connect
 from explain_client.errors import ExplainError
 
 T = TypeVar("T")
@@ -47,51 +48,62 @@ class Finding:
     message: str
 
 
-def diagnose(url: str, timeout: float = 30.0) -> Iterator[Finding]:
-    """Run the checks in order; stop at a fault that makes the others pointless."""
-    host, _, port = url.rpartition(":")
-    if not host or not port.isdigit():
-        yield Finding("address", False, f"{url!r} is not HOST:PORT, for example localhost:8001")
-        return
+def diagnose(
+    url: Url | None = None,
+    timeout: float = 30.0,
+    headers: Mapping[str, str] | None = None,
+    token: str | None = None,
+    tls: TLS | None = None,
+) -> Iterator[Finding]:
+    """Run the checks in order; stop at a fault that makes the others pointless. Arguments as of ``ExplainClient``."""
     try:
-        is_http = _speaks_http(host, int(port))
-    except OSError as error:
-        yield Finding(
-            "connection",
-            False,
-            f"nothing answers at {url} ({error.strerror or error}): the server is down, or listens elsewhere",
-        )
+        connection = connect(url, headers, token, tls)
+    except (ExplainError, OSError, ValueError) as error:
+        yield Finding("address", False, str(error))
         return
-    if is_http:
-        yield Finding(
-            "protocol", False, f"{url} speaks HTTP, not gRPC: give the gRPC port, by default 8001 where HTTP is 8000"
-        )
+    fault = _check_port(connection)
+    if fault is not None:
+        yield fault
         return
-    with contextlib.closing(triton.InferenceServerClient(url)) as client:
+    with contextlib.closing(connection.open()) as client:
         metadata = _ask(lambda: client.get_server_metadata(client_timeout=timeout))
         if isinstance(metadata, str):
-            yield Finding("server", False, f"{url} is not a Triton server, or cannot answer: {metadata}")
+            yield Finding("server", False, f"{connection.name} is not a Triton server, or cannot answer: {metadata}")
             return
         yield _check_version(metadata.name, metadata.version)
         for model, outputs in CONTRACT.items():
             yield _check_model(client, model, outputs, timeout)
         if not all(_is_ready(client, model, timeout) for model in CONTRACT):
             return
-    yield from _check_latency(url, timeout)
+    with ExplainClient(url, timeout, headers=headers, token=token, tls=tls) as explainer:
+        yield from _check_latency(explainer)
 
 
-def _speaks_http(host: str, port: int) -> bool:
-    """Whether a plain HTTP request gets a plain HTTP answer; gRPC answers with frames.
+def _check_port(connection: Connection) -> Finding | None:
+    """What is wrong with the port; None if nothing is, or if only gRPC knows where it is."""
+    place = re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", connection.target)
+    if place is None or RESOLVER.match(connection.target):
+        return None
+    url = connection.name
+    try:
+        with socket.create_connection((place[1], int(place[2])), timeout=5) as opened:
+            if connection.credentials is not None or not _speaks_http(opened):
+                return None
+    except OSError as error:
+        problem = f"nothing answers at {url} ({error.strerror or error}): the server is down, or listens elsewhere"
+        return Finding("connection", False, problem)
+    return Finding(
+        "protocol", False, f"{url} speaks HTTP, not gRPC: give the gRPC port, by default 8001 where HTTP is 8000"
+    )
 
-    Raises:
-        OSError: nothing listens there.
-    """
-    with socket.create_connection((host, port), timeout=5) as connection:
-        connection.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
-        try:
-            return connection.recv(7) == b"HTTP/1."
-        except OSError:
-            return False
+
+def _speaks_http(connection: socket.socket) -> bool:
+    """Whether a plain HTTP request gets a plain HTTP answer; gRPC answers with frames."""
+    connection.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+    try:
+        return connection.recv(7) == b"HTTP/1."
+    except OSError:
+        return False
 
 
 def _check_version(name: str, version: str) -> Finding:
@@ -121,25 +133,24 @@ def _is_ready(client: triton.InferenceServerClient, model: str, timeout: float) 
     return _ask(lambda: client.is_model_ready(model, client_timeout=timeout)) is True
 
 
-def _check_latency(url: str, timeout: float) -> Iterator[Finding]:
+def _check_latency(client: ExplainClient) -> Iterator[Finding]:
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    with ExplainClient(url, timeout) as client:
-        calls: dict[str, Callable[[], object]] = {
-            "classify": lambda: client.classify(image),
-            "explain, tolerance 0.05": lambda: client.explain(image, tolerance=0.05),
-        }
-        for name, call in calls.items():
-            seconds = []
-            try:
-                for _ in range(TIMED_CALLS):
-                    started = time.perf_counter()
-                    call()
-                    seconds.append(time.perf_counter() - started)
-            except ExplainError as error:
-                yield Finding(f"latency of {name}", False, str(error))
-            else:
-                median = 1e3 * statistics.median(seconds)
-                yield Finding(f"latency of {name}", True, f"{median:.0f} ms, median of {TIMED_CALLS}")
+    calls: dict[str, Callable[[], object]] = {
+        "classify": lambda: client.classify(image),
+        "explain, tolerance 0.05": lambda: client.explain(image, tolerance=0.05),
+    }
+    for name, call in calls.items():
+        seconds = []
+        try:
+            for _ in range(TIMED_CALLS):
+                started = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - started)
+        except ExplainError as error:
+            yield Finding(f"latency of {name}", False, str(error))
+        else:
+            median = 1e3 * statistics.median(seconds)
+            yield Finding(f"latency of {name}", True, f"{median:.0f} ms, median of {TIMED_CALLS}")
 
 
 def _ask(call: Callable[[], T]) -> T | str:

@@ -36,6 +36,8 @@ _BY_STATUS = {
     "INVALID_ARGUMENT": RefusedError,
     "NOT_FOUND": RefusedError,
     "UNIMPLEMENTED": RefusedError,
+    "UNAUTHENTICATED": RefusedError,  # this and the next: of a proxy before the server
+    "PERMISSION_DENIED": RefusedError,
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": TimedOutError,
 }

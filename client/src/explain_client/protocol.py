@@ -13,26 +13,29 @@ from tritonclient.grpc._utils import _get_inference_request  # makes the message
 
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, ImageSource, View, encoded
+from explain_client.parameters import as_sent
 from explain_client.results import Classification, Explanation, Level, Prediction
 
-ParameterValue: TypeAlias = str | int | float
+Model: TypeAlias = Literal["explain", "explain_stream"]
 Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
 
 # At 224 x 224 pixels a saliency map is 200 KB, attributions are 600 KB, a heatmap is some tens of KB.
 TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIBUTIONS", "heatmap": "HEATMAP"}
 # The target that stands for the predicted class.
 PREDICTED_CLASS = -1
+ALL_CLASSES = 2**31 - 1  # Triton gives as many as there are
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request, without its transport."""
+    """A request, without its transport; ``explains_prediction``: it names no other class to explain."""
 
     model: str
     inputs: list[triton.InferInput]
     outputs: list[triton.InferRequestedOutput]
     parameters: dict[str, str | int]
+    explains_prediction: bool = True
 
     def options(self, seconds: float) -> dict[str, Any]:
         """Keyword arguments of tritonclient's inference calls, for an answer within ``seconds``."""
@@ -58,17 +61,18 @@ def classify_call(image: ImageSource, top_k: int) -> Call:
 
 
 def explain_call(
-    model: Literal["explain", "explain_stream"],
+    model: Model,
     image: ImageSource,
     target: int | None,
     top_k: int,
     want: Collection[Wanted],
-    parameters: Mapping[str, ParameterValue],
+    parameters: Mapping[str, Any],
 ) -> Call:
     """A request to ``explain`` or ``explain_stream``.
 
     Raises:
         ValueError: ``want`` has an unknown name.
+        TypeError: ``parameters`` has one.
     """
     unknown = set(want) - set(TENSORS)
     if unknown:
@@ -78,12 +82,12 @@ def explain_call(
     inputs[1].set_data_from_numpy(np.array([[PREDICTED_CLASS if target is None else target]], np.int64))
     names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
     outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
-    return Call(model, inputs, outputs, as_sent(parameters))
+    return Call(model, inputs, outputs, as_sent(parameters), target is None or target == -1)
 
 
-def as_sent(parameters: Mapping[str, ParameterValue]) -> dict[str, str | int]:
-    """Request parameters to send, floats as strings: the Python backend of Triton 2.51 drops doubles."""
-    return {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
+def labels_call() -> Call:
+    """A request for the probabilities of all classes, with their labels; of what image does not matter."""
+    return classify_call(np.zeros((8, 8, 3), np.uint8), ALL_CLASSES)
 
 
 def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
@@ -95,20 +99,21 @@ def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
     return tuple(predictions)
 
 
-def read_explanation(result: triton.InferResult, milliseconds: float) -> Explanation:
+def read_labels(result: triton.InferResult) -> tuple[str, ...]:
+    """The label of each class, from the answer to ``labels_call``."""
+    return tuple(prediction.label for prediction in sorted(read_predictions(result), key=lambda each: each.index))
+
+
+def read_explanation(call: Call, result: triton.InferResult, milliseconds: float) -> Explanation:
     """The answer of ``explain``."""
-    return Explanation(
-        **_attribution(result, milliseconds),
-        predictions=read_predictions(result),
-        explained_class=int(result.as_numpy("EXPLAINED_CLASS")[0, 0]),
-    )
+    predictions, explained = _classification(call, result)
+    return Explanation(**_attribution(result, milliseconds), predictions=predictions, explained_class=explained)
 
 
-def read_response(result: triton.InferResult, milliseconds: float) -> Classification | Level:
+def read_response(call: Call, result: triton.InferResult, milliseconds: float) -> Classification | Level:
     """One response of ``explain_stream``."""
     if result.as_numpy("PROBABILITIES") is not None:
-        explained = int(result.as_numpy("EXPLAINED_CLASS")[0, 0])
-        return Classification(read_predictions(result), explained, milliseconds)
+        return Classification(*_classification(call, result), milliseconds)
     return Level(**_attribution(result, milliseconds), is_last=is_final(result))
 
 
@@ -136,6 +141,18 @@ def read_view(config: Any) -> View:
 def is_final(result: triton.InferResult) -> bool:
     """Whether a response ends its stream."""
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
+
+
+def _classification(call: Call, result: triton.InferResult) -> tuple[tuple[Prediction, ...], int]:
+    """The predictions and the explained class.
+
+    Where that is the predicted one it comes first. The server takes the largest logit; Triton sorts the probabilities,
+    which may tie where the logits do not.
+    """
+    predictions, explained = read_predictions(result), int(result.as_numpy("EXPLAINED_CLASS")[0, 0])
+    if call.explains_prediction:
+        predictions = tuple(sorted(predictions, key=lambda prediction: prediction.index != explained))
+    return predictions, explained
 
 
 def _attribution(result: triton.InferResult, milliseconds: float) -> dict[str, Any]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +24,7 @@ class Prediction:
     probability: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """How much each pixel supports a class, with error estimates.
 
@@ -53,23 +58,58 @@ class Attribution:
             raise ValueError("the heatmap was not requested; name it in `want`")
         return Image.open(io.BytesIO(self.heatmap_png)).convert("RGB")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._facts())})"
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        """For notebooks: the heatmap, what was predicted, and how accurate the explanation is."""
+        picture = ""
+        if self.heatmap_png is not None:
+            data = base64.b64encode(self.heatmap_png).decode("ascii")
+            picture = f'<img alt="the heatmap" src="data:image/png;base64,{data}">'
+        lines = "".join(f"<div>{line}</div>" for line in (*self._headings(), self._accuracy()))
+        return f"<figure>{picture}<figcaption>{lines}</figcaption></figure>"
+
+    def _facts(self) -> list[str]:
+        error = [] if math.isnan(self.error_estimate) else [f"error {self.error_estimate:.1%}"]
+        return [f"{self.n_steps} steps", *error]
+
+    def _headings(self) -> list[str]:
+        """Lines of HTML above the accuracy."""
+        return []
+
+    def _accuracy(self) -> str:
+        if math.isnan(self.error_estimate):
+            return f"{self.n_steps} steps, no estimate of the explanation's error"
+        error = self.error_estimate
+        return f"explanation accurate to about {100 * error:.{0 if error >= 0.01 else 1}f} %, {self.n_steps} steps"
+
+
+@dataclass(frozen=True, repr=False)
 class Explanation(Attribution):
     """A prediction and the attribution that explains it.
 
     Attributes:
         predictions: the likeliest classes, best first.
         explained_class: the class whose evidence is shown.
+        explained_label: its label; its number if it is not given and not among the predictions.
     """
 
     predictions: tuple[Prediction, ...]
     explained_class: int
+    explained_label: str = ""
 
-    @property
-    def explained_label(self) -> str:
-        """The explained class's label if it is among the predictions, else its number."""
-        return label_of(self.explained_class, self.predictions)
+    def __post_init__(self) -> None:
+        if not self.explained_label:
+            object.__setattr__(self, "explained_label", label_of(self.explained_class, self.predictions))
+
+    def _facts(self) -> list[str]:
+        best = self.predictions[0]
+        return [self.explained_label, f"predicted {best.label} {best.probability:.1%}", *super()._facts()]
+
+    def _headings(self) -> list[str]:
+        predicted = ", ".join(f"{escape(each.label)} {each.probability:.1%}" for each in self.predictions)
+        return [f"evidence for <b>{escape(self.explained_label)}</b>", f"predicted: {predicted}"]
 
 
 @dataclass(frozen=True)
@@ -80,19 +120,20 @@ class Classification:
         predictions: the likeliest classes, best first.
         explained_class: the class whose evidence will be shown.
         milliseconds: from sending the request to this response.
+        explained_label: its label; its number if it is not given and not among the predictions.
     """
 
     predictions: tuple[Prediction, ...]
     explained_class: int
     milliseconds: float
+    explained_label: str = ""
 
-    @property
-    def explained_label(self) -> str:
-        """The explained class's label if it is among the predictions, else its number."""
-        return label_of(self.explained_class, self.predictions)
+    def __post_init__(self) -> None:
+        if not self.explained_label:
+            object.__setattr__(self, "explained_label", label_of(self.explained_class, self.predictions))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Level(Attribution):
     """A later response of a stream: the attribution so far.
 
@@ -106,3 +147,25 @@ class Level(Attribution):
 def label_of(index: int, predictions: tuple[Prediction, ...]) -> str:
     """The label of a class if it is among the predictions, else its number."""
     return next((prediction.label for prediction in predictions if prediction.index == index), str(index))
+
+
+Answer = TypeVar("Answer", Explanation, Classification)
+
+
+def has_label(answer: Explanation | Classification) -> bool:
+    """Whether the label of the explained class came with the predictions."""
+    return any(prediction.index == answer.explained_class for prediction in answer.predictions)
+
+
+def with_label(answer: Answer, labels: Sequence[str], is_predicted: bool) -> Answer:
+    """The same answer with the label of its explained class, which its predictions lack.
+
+    Args:
+        labels: of all classes.
+        is_predicted: the explained class is the predicted one: its probability ties with the first prediction's.
+    """
+    index = answer.explained_class
+    predictions: tuple[Prediction, ...] = answer.predictions
+    if is_predicted:
+        predictions = (Prediction(index, labels[index], predictions[0].probability), *predictions[:-1])
+    return replace(answer, explained_label=labels[index], predictions=predictions)

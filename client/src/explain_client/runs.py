@@ -6,17 +6,19 @@ import asyncio
 import glob
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from explain_client.aio import AsyncExplainClient
 from explain_client.errors import ExplainError
-from explain_client.protocol import ParameterValue, Wanted
+from explain_client.parameters import Parameters
+from explain_client.protocol import Wanted
 from explain_client.results import Explanation
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 STDIN = "-"
+HEATMAP_ENDING = ".heatmap.png"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class Source:
     name: str
     path: Path | None
     heatmap: Path
+
+    @property
+    def is_older(self) -> bool:
+        """Whether the image is older than its heatmap, or as old, where it has one."""
+        if self.path is None or not self.heatmap.is_file():
+            return False
+        return self.path.exists() and self.path.stat().st_mtime_ns <= self.heatmap.stat().st_mtime_ns
 
     def read(self) -> bytes:
         """The encoded image.
@@ -49,6 +58,9 @@ class Outcome:
 def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
     """The images of files, folders (with subfolders), patterns and ``-``; each file once.
 
+    Heatmaps of an earlier run, which end with ``.heatmap.png``, are left out; patterns of the shell find them, too. One
+    that is the only argument is meant.
+
     A heatmap's path below ``out`` is that of its image below the folder. Where two would be the same, the later one
     keeps its image's suffix.
     """
@@ -58,13 +70,13 @@ def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
             places.setdefault(None, Path("stdin"))
         elif os.path.isdir(argument):
             for file in sorted(Path(argument).rglob("*")):
-                if file.suffix.lower() in SUFFIXES and file.is_file():
+                if file.suffix.lower() in SUFFIXES and not file.name.endswith(HEATMAP_ENDING) and file.is_file():
                     places.setdefault(file, file.relative_to(argument).with_suffix(""))
         elif glob.has_magic(argument) and not os.path.exists(argument):
             for match in map(Path, sorted(glob.glob(argument, recursive=True))):
-                if match.is_file():
+                if not match.name.endswith(HEATMAP_ENDING) and match.is_file():
                     places.setdefault(match, Path(match.stem))
-        else:
+        elif len(arguments) == 1 or not argument.endswith(HEATMAP_ENDING):
             places.setdefault(Path(argument), Path(Path(argument).stem))
     taken: dict[Path, int] = {}
     sources = []
@@ -74,7 +86,7 @@ def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
         if number and path is not None:
             place = place.with_name(path.name if number == 1 else f"{path.name}.{number}")
         name = "stdin" if path is None else str(path)
-        sources.append(Source(name, path, out / place.with_name(f"{place.name}.heatmap.png")))
+        sources.append(Source(name, path, out / place.with_name(f"{place.name}{HEATMAP_ENDING}")))
     return sources
 
 
@@ -85,8 +97,8 @@ async def explain_all(
     target: int | None,
     top_k: int,
     want: Sequence[Wanted],
-    parameters: Mapping[str, ParameterValue],
-) -> AsyncIterator[Outcome]:
+    parameters: Parameters,
+) -> AsyncGenerator[Outcome, None]:
     """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes."""
 
     async def explain(source: Source) -> Outcome:

@@ -8,16 +8,21 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from explain_client.client import DEFAULT_URL
+from explain_client.connection import TLS, Url, connect
 from explain_client.errors import closed_error, from_triton
-from explain_client.protocol import ParameterValue, as_sent
+from explain_client.parameters import as_sent
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from explain_client.parameters import TensorParameters
 
 FloatArray = npt.NDArray[np.float32]
 SharedMemory = Literal["system", "cuda"]
@@ -45,7 +50,7 @@ class TensorClient:
     """Calls ``classifier`` and ``integrated_gradients`` with normalised pixels; not for several threads at once.
 
     Args:
-        url: host and gRPC port.
+        url: as of ``ExplainClient``, whose other arguments for the connection this class takes, too.
         timeout: seconds for a request.
         shared_memory: transfer pixels and attributions through system or CUDA shared memory of this host; None: over
             the connection.
@@ -57,14 +62,18 @@ class TensorClient:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: Url | None = None,
         timeout: float = 300.0,
         shared_memory: SharedMemory | None = None,
         headers: Mapping[str, str] | None = None,
         device: int = 0,
+        *,
+        token: str | None = None,
+        tls: TLS | None = None,
+        channel_options: Mapping[str, str | int] | None = None,
     ) -> None:
-        self._triton = triton.InferenceServerClient(url)
-        self._timeout, self._headers = timeout, dict(headers or {})
+        self._triton = connect(url, headers, token, tls, channel_options).open()
+        self._timeout = timeout
         self._kind, self._device = shared_memory, device
         self._regions: dict[str, _Region] = {}
         # Called at the interpreter's exit at the latest: shared memory would remain.
@@ -92,7 +101,7 @@ class TensorClient:
         pixels: FloatArray,
         logits: FloatArray,
         targets: Sequence[int] | None = None,
-        **parameters: ParameterValue,
+        **parameters: Unpack[TensorParameters],
     ) -> TensorAttribution:
         """The attributions of normalised pixels.
 
@@ -117,7 +126,7 @@ class TensorClient:
         model: str,
         inputs: list[triton.InferInput],
         outputs: list[str],
-        parameters: Mapping[str, ParameterValue],
+        parameters: Mapping[str, Any],
         shared_output: _Region | None = None,
     ) -> triton.InferResult:
         self._check_open()
@@ -130,7 +139,6 @@ class TensorClient:
                 inputs,
                 outputs=requested,
                 parameters=as_sent(parameters),
-                headers=self._headers,
                 client_timeout=self._timeout,
                 timeout=int(1e6 * self._timeout),
             )
@@ -162,7 +170,7 @@ class TensorClient:
             if region is not None:
                 region.close()
             kind = _SystemRegion if self._kind == "system" else _CudaRegion
-            self._regions[name] = region = kind(self._triton, size, self._headers, self._device)
+            self._regions[name] = region = kind(self._triton, size, self._device)
         return region
 
 
@@ -171,9 +179,9 @@ class _Region:
 
     _memory: Any  # tritonclient's module for it
 
-    def __init__(self, client: triton.InferenceServerClient, size: int, headers: dict[str, str], device: int) -> None:
+    def __init__(self, client: triton.InferenceServerClient, size: int, device: int) -> None:
         self.name, self.size = f"explain_client_{uuid.uuid4().hex}", size
-        self._client, self._headers, self._device = client, headers, device
+        self._client, self._device = client, device
         self._handle = self._create()
         try:
             self._register()
@@ -214,10 +222,10 @@ class _SystemRegion(_Region):
         return shared_memory.create_shared_memory_region(self.name, f"/{self.name}", self.size)
 
     def _register(self) -> None:
-        self._client.register_system_shared_memory(self.name, f"/{self.name}", self.size, headers=self._headers)
+        self._client.register_system_shared_memory(self.name, f"/{self.name}", self.size)
 
     def _unregister(self) -> None:
-        self._client.unregister_system_shared_memory(self.name, headers=self._headers)
+        self._client.unregister_system_shared_memory(self.name)
 
 
 class _CudaRegion(_Region):
@@ -229,10 +237,10 @@ class _CudaRegion(_Region):
 
     def _register(self) -> None:
         handle = self._memory.get_raw_handle(self._handle)
-        self._client.register_cuda_shared_memory(self.name, handle, self._device, self.size, headers=self._headers)
+        self._client.register_cuda_shared_memory(self.name, handle, self._device, self.size)
 
     def _unregister(self) -> None:
-        self._client.unregister_cuda_shared_memory(self.name, headers=self._headers)
+        self._client.unregister_cuda_shared_memory(self.name)
 
 
 def _close(connection: triton.InferenceServerClient, regions: dict[str, _Region]) -> None:

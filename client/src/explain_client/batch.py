@@ -1,0 +1,152 @@
+"""``explain``: many images, several in flight, with a progress bar and a report; or one by one, as streams."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from explain_client.aio import AsyncExplainClient
+from explain_client.errors import ExplainError
+from explain_client.images import DEFAULT_VIEW, View
+from explain_client.labels import class_of
+from explain_client.options import UsageError, connection_options, contract_parameters
+from explain_client.output import Output, check_writable
+from explain_client.parameters import Parameters
+from explain_client.records import Record, read_record
+from explain_client.report import Report
+from explain_client.results import Classification
+from explain_client.runs import Source, explain_all, find_sources
+
+
+async def explain_images(options: argparse.Namespace) -> int:
+    """Explain all images; returns the exit status.
+
+    Raises:
+        UsageError: there are no images, or something cannot be done as asked.
+        UnavailableError: the server cannot be reached.
+    """
+    sources = _find_sources(options)
+    try:
+        client = AsyncExplainClient(timeout=options.timeout, **connection_options(options))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    async with client:
+        await client.check()
+        target, parameters = await _with_classes(client, options)
+        made_with = {"target": target, **parameters}
+        left, kept = _sort_out(sources, made_with) if options.skip_existing else (sources, [])
+        with contextlib.ExitStack() as stack:
+            report = stack.enter_context(Report(options.report, await _view(client))) if options.report else None
+            output = Output(options, made_with, report)
+            try:
+                for source, record in kept:
+                    output.keep(source, record)
+                run = _stream if options.stream else _batch
+                await run(client, left, options, target, parameters, output)
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                output.finish(len(sources))
+                raise
+    return output.finish(len(sources))
+
+
+async def _batch(
+    client: AsyncExplainClient,
+    sources: Sequence[Source],
+    options: argparse.Namespace,
+    target: int | None,
+    parameters: Parameters,
+    output: Output,
+) -> None:
+    outcomes = explain_all(client, sources, options.concurrency, target, options.top_k, ["heatmap"], parameters)
+    bar = tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
+    with bar:
+        async with contextlib.aclosing(outcomes):
+            async for outcome in outcomes:
+                output.take(outcome)
+                bar.update()
+
+
+async def _stream(
+    client: AsyncExplainClient,
+    sources: Sequence[Source],
+    options: argparse.Namespace,
+    target: int | None,
+    parameters: Parameters,
+    output: Output,
+) -> None:
+    """Image by image: the prediction at once, then a line for each level."""
+    for source in sources:
+        try:
+            responses = client.explain_stream(
+                source.read(), target=target, top_k=options.top_k, want=["heatmap"], **parameters
+            )
+            first: Classification | None = None
+            async for response in responses:
+                first = first or cast(Classification, response)
+                output.take_response(source, first, response)
+        except BrokenPipeError:
+            raise
+        except (ExplainError, OSError) as error:
+            output.fail(source, error)
+
+
+def _find_sources(options: argparse.Namespace) -> list[Source]:
+    sources = find_sources(options.images, options.out)
+    if not sources:
+        raise UsageError("no images found")
+    check_writable(options.out, "--out")
+    if options.report:
+        if options.report.is_dir():
+            raise UsageError(f"--report {options.report} is a folder, not a file")
+        check_writable(options.report.parent, "--report: the folder")
+    return sources
+
+
+async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace) -> tuple[int | None, Parameters]:
+    """Target and parameters with numbers for labels, and in the range of the server's classes."""
+    target, parameters = options.target, contract_parameters(options)
+    try:
+        if target is not None:
+            target = class_of(target, await client.labels(), "--target")
+        if "contrast" in parameters:
+            parameters["contrast"] = class_of(parameters["contrast"], await client.labels(), "--contrast")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return target, parameters
+
+
+def _sort_out(sources: Sequence[Source], made_with: dict[str, Any]) -> tuple[list[Source], list[tuple[Source, Record]]]:
+    """The images that are left to explain, and those whose heatmaps of an earlier run are kept, with their records."""
+    left, kept, others = [], [], 0
+    for source in sources:
+        record = read_record(source.heatmap) if source.is_older else None
+        if record is not None and record.options == made_with:
+            kept.append((source, record))
+        else:
+            left.append(source)
+            others += record is not None
+    note = f"; {others} were made with other options and are explained again" if others else ""
+    print(f"{len(kept)} of {len(sources)} have their heatmaps{note}", file=sys.stderr)
+    return left, kept
+
+
+async def _view(client: AsyncExplainClient) -> View:
+    """The server's view of images; if it keeps its models' configs to itself, the usual one."""
+    try:
+        return await client.view()
+    except ExplainError as error:
+        print(
+            f"the server does not say how it crops images, so the report may show a different crop: {error}",
+            file=sys.stderr,
+        )
+        return DEFAULT_VIEW
+
+
+def _shows_progress(options: argparse.Namespace, images: int) -> bool:
+    return images > 1 and (sys.stderr.isatty() if options.progress is None else bool(options.progress))
