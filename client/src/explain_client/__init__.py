@@ -6,7 +6,7 @@ from explain_client.aio import AsyncExplainClient
 from explain_client.client import ExplainClient
 from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
 from explain_client.images import View
-from explain_client.results import Attribution, Classification, Explanation, Level, Prediction
+from explain_client.results import Attribution, Classification, Explanation, Level, Network, Prediction
 from explain_client.tensors import TensorAttribution, TensorClient
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ExplainError",
     "Explanation",
     "Level",
+    "Network",
     "Prediction",
     "RefusedError",
     "TensorAttribution",

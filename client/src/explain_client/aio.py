@@ -21,12 +21,14 @@ from explain_client.protocol import (
     Wanted,
     classify_call,
     explain_call,
+    network_call,
     read_explanation,
+    read_network,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.results import Classification, Explanation, Level, Network, Prediction
 from explain_client.retries import Attempts
 
 
@@ -123,6 +125,10 @@ class AsyncExplainClient:
                 raise from_triton(error) from error
             self._view = read_view(answer.config)
         return self._view
+
+    async def network(self) -> Network:
+        """See ``ExplainClient.network``."""
+        return read_network(await self._infer(network_call()))
 
     async def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)

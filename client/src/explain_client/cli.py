@@ -19,11 +19,14 @@ from tqdm import tqdm
 from explain_client import __version__
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import DEFAULT_URL, ExplainClient
+from explain_client.contact_sheet import ContactSheet
 from explain_client.doctor import diagnose
 from explain_client.errors import ExplainError, UnavailableError
 from explain_client.images import DEFAULT_VIEW, View
+from explain_client.protocol import Wanted
 from explain_client.report import Report
 from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.run_facts import Run, describe_run
 from explain_client.runs import STDIN, Outcome, Source, explain_all, find_sources
 
 ALL_EXPLAINED, SOME_FAILED, WRONG_USAGE, NO_SERVER, INTERRUPTED = 0, 1, 2, 3, 130
@@ -58,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(_doctor(words[1:]))
         parser = _parser()
         options = parser.parse_args(words)
-        if options.stream and options.report:
-            parser.error("--report takes no --stream")
+        if options.stream and (options.report or options.contact_sheet):
+            parser.error("--stream takes neither --report nor --contact-sheet")
         sys.exit(_stream(options) if options.stream else asyncio.run(_explain(options)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -83,8 +86,10 @@ def _doctor(words: list[str]) -> int:
 class _Output:
     """Writes outcomes: a table or JSON lines, heatmaps, the report; collects failures, which are listed at the end."""
 
-    def __init__(self, options: argparse.Namespace, report: Report | None) -> None:
-        self._as_json, self._report = options.json, report
+    def __init__(
+        self, options: argparse.Namespace, report: Report | None = None, sheet: ContactSheet | None = None
+    ) -> None:
+        self._as_json, self._report, self._sheet = options.json, report, sheet
         self.failures: list[str] = []
         if not self._as_json:
             self.line(HEADER)
@@ -99,7 +104,9 @@ class _Output:
             if explanation is not None:
                 _write(source.heatmap, explanation.heatmap_png or b"")
                 if self._report is not None:
-                    self._report.add(source.name, outcome.file, explanation)
+                    self._report.add(source.name, outcome.file, explanation, outcome.own_milliseconds)
+                if self._sheet is not None:
+                    self._sheet.add(source.name, outcome.file, explanation)
                 self.line(json.dumps(_as_json(source, explanation)) if self._as_json else _row(source, explanation))
                 return
             error: Exception | None = outcome.error
@@ -107,7 +114,7 @@ class _Output:
             error = failure
         self.failures.append(f"{source.name}: {error}")
         if self._report is not None:
-            self._report.add_failure(source.name, str(error))
+            self._report.add_failure(source.name, str(error), outcome.file)
         if self._as_json:
             self.line(json.dumps({"image": source.name, "error": str(error)}))
 
@@ -121,8 +128,16 @@ async def _explain(options: argparse.Namespace) -> int:
             except UnavailableError as error:
                 print(f"{options.url} cannot be reached: {error}; try explain doctor", file=sys.stderr)
                 return NO_SERVER
-            report = stack.enter_context(Report(options.report, await _view(client))) if options.report else None
-            output = _Output(options, report)
+            run, view = Run(), DEFAULT_VIEW
+            if options.report or options.contact_sheet:
+                run, view = await describe_run(client, options.target, _parameters(options)), await _view(client)
+            report = stack.enter_context(Report(options.report, view, run)) if options.report else None
+            sheet = (
+                stack.enter_context(ContactSheet(options.contact_sheet, view, run)) if options.contact_sheet else None
+            )
+            if sheet is not None:
+                stack.enter_context(sheet)
+            output = _Output(options, report, sheet)
             bar = stack.enter_context(
                 tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
             )
@@ -158,14 +173,13 @@ def _sources(options: argparse.Namespace) -> list[Source]:
 
 
 def _outcomes(client: AsyncExplainClient, sources: list[Source], options: argparse.Namespace) -> AsyncIterator[Outcome]:
-    return explain_all(
-        client, sources, options.concurrency, options.target, options.top_k, ["heatmap"], _parameters(options)
-    )
+    want: list[Wanted] = ["heatmap", "saliency"] if options.report or options.contact_sheet else ["heatmap"]
+    return explain_all(client, sources, options.concurrency, options.target, options.top_k, want, _parameters(options))
 
 
 def _stream(options: argparse.Namespace) -> int:
     """Explain image by image: print the prediction at once, then a line for each level."""
-    sources, output = _sources(options), _Output(options, None)
+    sources, output = _sources(options), _Output(options)
     with ExplainClient(options.url, options.timeout) as client:
         for source in sources:
             try:
@@ -188,6 +202,8 @@ def _finish(options: argparse.Namespace, output: _Output) -> int:
     print(f"heatmaps in {options.out}/", file=sys.stderr)
     if options.report:
         print(f"report in {options.report}", file=sys.stderr)
+    if options.contact_sheet:
+        print(f"all in one picture: {options.contact_sheet}", file=sys.stderr)
     for failure in output.failures:
         print(failure, file=sys.stderr)
     return SOME_FAILED if output.failures else ALL_EXPLAINED
@@ -274,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("explanations"), metavar="DIR", help="default: %(default)s")
     output.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with all results")
+    output.add_argument(
+        "--contact-sheet", type=Path, metavar="FILE.png", help="one picture of all images beside their explanations"
+    )
     output.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     output.add_argument("--top-k", type=_positive, default=5, help="predictions of each image (default: %(default)s)")
     output.add_argument("--skip-existing", action="store_true", help="leave out images whose heatmaps exist")

@@ -21,12 +21,14 @@ from explain_client.protocol import (
     classify_call,
     explain_call,
     is_final,
+    network_call,
     read_explanation,
+    read_network,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.results import Classification, Explanation, Level, Network, Prediction
 from explain_client.retries import Attempts
 
 DEFAULT_URL = "localhost:8001"
@@ -117,6 +119,10 @@ class ExplainClient:
             except InferenceServerException as error:
                 raise from_triton(error) from error
         return self._view
+
+    def network(self) -> Network:
+        """The network that the server explains."""
+        return read_network(self._infer(network_call()))
 
     def _infer(self, call: Call) -> triton.InferResult:
         attempts = Attempts(self._timeout, self._retries)
