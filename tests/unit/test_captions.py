@@ -7,14 +7,12 @@ import math
 import pytest
 
 from explain_client import Prediction, captions
-from explain_client.results import Level
 
 PREDICTIONS = (Prediction(3, "tabby", 0.614), Prediction(4, "tiger cat", 0.2))
 
 
 def words(error=0.021, cut=0.0, contrast=None, polarity="all", explained="tabby"):
-    level = Level(0.0, 20, error, 1.0, None, None, None, is_last=True)
-    return captions.caption(PREDICTIONS, explained, level, cut, contrast, polarity)
+    return captions.caption(PREDICTIONS, explained, error, cut, contrast, polarity)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +56,8 @@ def test_question_and_ends_of_the_colour_bar(contrast, polarity, question, ends)
     [
         (1.0, 1, "the only picture of its run: nothing to compare its strength with"),
         (1.0, 8, "the strongest evidence of the 8 pictures of this run"),
-        (0.5, 8, "50 % of the strength of this run's strongest picture"),
-        (0.04, 8, "weak evidence: 4 % of the strength of this run's strongest picture"),
+        (0.5, 8, "evidence 50 % as strong as in this run's strongest picture"),
+        (0.04, 8, "weak evidence, 4 % as strong as in this run's strongest picture"),
     ],
 )
 def test_strength_is_relative_to_the_run(share, pictures, said):

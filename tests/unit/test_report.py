@@ -159,8 +159,8 @@ def test_the_first_cards_colours_are_seen_untouched(report):
         ("figure:last-child figcaption", 0, "Why star rather than ring?"),
         (".legend", 0, "speaks for ring\nspeaks for star"),
         (".strength", 0, "the strongest evidence of the 3 pictures of this run"),
-        (".strength", 1, "50 % of the strength of this run's strongest picture"),
-        (".strength", 2, "25 % of the strength of this run's strongest picture"),
+        (".strength", 1, "evidence 50 % as strong as in this run's strongest picture"),
+        (".strength", 2, "evidence 25 % as strong as in this run's strongest picture"),
         (".facts", 0, "explanation accurate to about 2 % · 30 gradient steps · 40 ms"),
         (".facts", 1, "explanation accurate to about 8 % · 10 gradient steps · 1.0 s"),
         (".facts", 2, "the accuracy of this explanation was not estimated · 20 gradient steps · 2.0 s"),
@@ -183,7 +183,7 @@ def test_the_page_says_what_the_run_was_and_how_to_read_it(report):
         "Colours\nevidence for and against",
         "Parameters\ntolerance = 0.05",
     ]
-    assert "Pale colours mean weak evidence" in report.find_element(By.ID, "how").text
+    assert "Pale colours are weak evidence" in report.find_element(By.ID, "how").text
 
 
 def test_failed_images_are_small_and_have_a_thumbnail(report):

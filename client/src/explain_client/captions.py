@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from explain_client.results import Attribution, Prediction, label_of
+from explain_client.results import Prediction, label_of
 
 Polarity: TypeAlias = Literal["all", "positive", "negative", "absolute"]
 # Of the serving contract -> what the colours show. The signed view is the one that needs no explanation.
@@ -47,7 +47,7 @@ class Caption:
 def caption(
     predictions: tuple[Prediction, ...],
     explained: str,
-    attribution: Attribution,
+    error_estimate: float,
     cut_away: float,
     contrast: str | None = None,
     polarity: Polarity = "all",
@@ -57,7 +57,7 @@ def caption(
     Args:
         predictions: the likeliest classes, best first.
         explained: label of the class that is explained.
-        attribution: that explains it.
+        error_estimate: of the explanation, relative; NaN if there is none.
         cut_away: share of the picture that the network did not see.
         contrast: label of the class that was subtracted.
         polarity: of the colours.
@@ -76,7 +76,7 @@ def caption(
         question=f"Why {explained}{f' rather than {contrast}' if contrast else ''}?",
         against=ends[0],
         in_favour=ends[1],
-        accuracy=accuracy(attribution.error_estimate),
+        accuracy=accuracy(error_estimate),
         warning=cut_warning(cut_away),
     )
 
@@ -108,9 +108,8 @@ def strength(share: float, pictures: int) -> str:
         return "the only picture of its run: nothing to compare its strength with"
     if share >= 1:
         return f"the strongest evidence of the {pictures} pictures of this run"
-    return (
-        f"{'weak evidence: ' if share < WEAK else ''}{percent(share)} of the strength of this run's strongest picture"
-    )
+    what = "weak evidence," if share < WEAK else "evidence"
+    return f"{what} {percent(share)} as strong as in this run's strongest picture"
 
 
 def name_of(index: int, predictions: tuple[Prediction, ...]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from explain_client import __version__
+from explain_client import __version__, web
 from explain_client.aio import AsyncExplainClient
 from explain_client.client import DEFAULT_URL, ExplainClient
 from explain_client.contact_sheet import ContactSheet
@@ -50,7 +50,8 @@ PARAMETERS: dict[str, type] = {
 }
 EPILOG = """exit status: 0 all images explained; 1 some failed (they are listed at the end); 2 wrong usage;
 3 the server cannot be reached; 130 interrupted.
-'explain doctor [--url HOST:PORT]' finds out what is wrong with a server."""
+'explain doctor [--url HOST:PORT]' finds out what is wrong with a server.
+'explain web [--url HOST:PORT]' explains pictures on a page in the browser."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if words[:1] == ["doctor"] and not os.path.exists("doctor"):
             sys.exit(_doctor(words[1:]))
+        if words[:1] == ["web"] and not os.path.exists("web"):
+            sys.exit(web.main(words[1:]))
         parser = _parser()
         options = parser.parse_args(words)
         if options.stream and (options.report or options.contact_sheet):

@@ -70,7 +70,7 @@ class ContactSheet:
         words = captions.caption(
             explanation.predictions,
             self._run.explained_in(explanation),
-            explanation,
+            explanation.error_estimate,
             share_cut_away(picture.size, self._view),
             self._run.contrast_in(explanation),
             self._run.polarity,
@@ -100,7 +100,7 @@ class ContactSheet:
         layer = pictures.colour_layer(entry.saliency, scale, polarity)
         pair = (pictures.framed(entry.picture, self._view), pictures.overlay(entry.picture, layer, self._view))
         relative = captions.strength(entry.strength / (scale or 1.0), len(self._entries))
-        notes = [(f"{words.accuracy}; {relative}", SOFT)]
+        notes = [(words.accuracy, SOFT), (relative, SOFT)]
         if words.warning:
             notes.append((words.warning, NOTE))
         width = 2 * PICTURE[0] + 3 * GAP

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from types import TracebackType
 
+from PIL import Image
+
 from explain_client import captions, cards, pictures
 from explain_client.images import DEFAULT_VIEW, View, photograph, share_cut_away
 from explain_client.results import Explanation
@@ -51,7 +53,7 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        template = _resource("report.html")
+        template = files("explain_client").joinpath("report.html").read_text("utf-8")
         before, after = template.replace(_RUN, self._header()).replace(_STYLE, self._style()).split(_PLACE)
         with (
             self._items,
@@ -78,36 +80,49 @@ class Report:
         """
         if explanation.saliency is None:
             raise ValueError("the report draws the saliency, which was not requested; name it in `want`")
-        picture, run = photograph(file), self._run
-        words = captions.caption(
-            explanation.predictions,
-            run.explained_in(explanation),
-            explanation,
-            share_cut_away(picture.size, self._view),
-            run.contrast_in(explanation),
-            run.polarity,
-        )
-        strength = pictures.strength(explanation.saliency)
-        layer = pictures.colour_layer(explanation.saliency, strength, run.polarity)
         took = explanation.milliseconds if milliseconds is None else milliseconds
         error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
+        strength = pictures.strength(explanation.saliency)
+        layer = pictures.colour_layer(explanation.saliency, strength, self._run.polarity)
         number = len(self._strengths)
         self._strengths.append(strength)
-        warning = f'<p class="warning">{escape(words.warning)}.</p>' if words.warning else ""
-        facts = [f"<b>{escape(words.accuracy)}</b>", f"{explanation.n_steps} gradient steps", f"{_duration(took)}"]
         self._write(
             name,
             f'data-probability="{explanation.predictions[0].probability:.6f}" data-error="{error}" '
             f'data-steps="{explanation.n_steps}" data-milliseconds="{took:.1f}" data-strength="{strength:.6g}" '
             f'style="--strength:{self._token}-share-{number}-"',
-            f'<p class="answer">The network says <b>{escape(words.prediction)}</b></p>'
-            f"{cards.pictures(picture, layer, self._view, words)}{cards.colour_bar(words)}"
-            f'<p class="strength"><i class="meter"><i></i></i><span>{self._token}-words-{number}-</span></p>{warning}'
-            f"{cards.prediction_bars(explanation.predictions, explanation.explained_class, run.contrast)}"
-            f'<p class="facts">{" · ".join(facts)}</p>'
-            '<p class="tools"><button class="toggle" aria-pressed="true">colours</button>'
+            self._card(photograph(file), explanation, layer, f"{self._token}-words-{number}-", took),
+        )
+
+    def _card(
+        self, picture: Image.Image, explanation: Explanation, layer: Image.Image, strength: str, took: float
+    ) -> str:
+        """What a card shows below its title."""
+        run, url = self._run, cards.jpeg_url(picture, cards.LONGEST_SIDE)
+        words = captions.caption(
+            explanation.predictions,
+            run.explained_in(explanation),
+            explanation.error_estimate,
+            share_cut_away(picture.size, self._view),
+            run.contrast_in(explanation),
+            run.polarity,
+        )
+        facts = [f"<b>{escape(words.accuracy)}</b>", f"{explanation.n_steps} gradient steps", cards.duration(took)]
+        parts = (
+            cards.answer(words),
+            '<div class="pictures">',
+            cards.photograph_figure(picture, self._view, url),
+            cards.coloured_figure(picture, self._view, words, layer),
+            "</div>",
+            cards.colour_bar(words),
+            cards.strength_meter(strength),
+            cards.warning(words),
+            cards.prediction_bars(explanation.predictions, explanation.explained_class, run.contrast),
+            cards.facts(facts),
+            '<p class="tools"><button class="toggle" aria-pressed="true">colours</button>',
             '<button class="download">download</button></p>',
         )
+        return "".join(parts)
 
     def add_failure(self, name: str, message: str, file: bytes = b"") -> None:
         """Add an image that was not explained, the reason, and a thumbnail if the file can be read."""
@@ -138,12 +153,4 @@ class Report:
         return "".join(f"<div><dt>{what}</dt><dd>{escape(words)}</dd></div>" for what, words in facts)
 
     def _style(self) -> str:
-        return f":root {{ {cards.style(self._run.polarity)} }}\n{_resource('card.css')}"
-
-
-def _resource(name: str) -> str:
-    return files("explain_client").joinpath(name).read_text("utf-8")
-
-
-def _duration(milliseconds: float) -> str:
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
+        return f":root {{ {cards.style(self._run.polarity)} }}\n{cards.stylesheet()}"
