@@ -20,6 +20,7 @@ def words(error=0.021, cut=0.0, contrast=None, polarity="all", explained="tabby"
     [
         (0.021, "explanation accurate to about 2 %"),
         (0.126, "explanation accurate to about 13 %"),
+        (0.83, "rough explanation, off by about 83 %"),
         (0.004, "explanation accurate to better than 1 %"),
         (math.nan, "the accuracy of this explanation was not estimated"),
     ],
@@ -54,10 +55,10 @@ def test_question_and_ends_of_the_colour_bar(contrast, polarity, question, ends)
 @pytest.mark.parametrize(
     ("share", "pictures", "said"),
     [
-        (1.0, 1, "the only picture of its run: nothing to compare its strength with"),
-        (1.0, 8, "the strongest evidence of the 8 pictures of this run"),
-        (0.5, 8, "evidence 50 % as strong as in this run's strongest picture"),
-        (0.04, 8, "weak evidence, 4 % as strong as in this run's strongest picture"),
+        (1.0, 1, "the only picture here: nothing to compare its strength with"),
+        (1.0, 8, "the strongest evidence of the 8 pictures here"),
+        (0.5, 8, "evidence 50 % as strong as in the strongest picture here"),
+        (0.04, 8, "weak evidence, 4 % as strong as in the strongest picture here"),
     ],
 )
 def test_strength_is_relative_to_the_run(share, pictures, said):

@@ -46,8 +46,8 @@ def test_strength_grows_with_the_evidence():
 
 def test_opacity_is_proportional_to_the_evidence_up_to_the_scale():
     layer = np.asarray(colour_layer(halves(1.0), 4.0))
-    assert tuple(layer[30, 10]) == (*FOR, round(255 * STRONGEST_OPACITY / 4))
-    assert tuple(layer[30, 50]) == (*AGAINST, round(255 * STRONGEST_OPACITY / 2))
+    assert tuple(layer[30, 16]) == (*FOR, round(255 * STRONGEST_OPACITY / 4))
+    assert tuple(layer[30, 48]) == (*AGAINST, round(255 * STRONGEST_OPACITY / 2))
     assert np.asarray(colour_layer(halves(100.0), 4.0))[..., 3].max() == round(255 * STRONGEST_OPACITY)
 
 
@@ -57,7 +57,7 @@ def test_opacity_is_proportional_to_the_evidence_up_to_the_scale():
 )
 def test_polarity_chooses_the_sign_on_one_scale(polarity, left, right):
     opacity = np.asarray(colour_layer(halves(1.0), 4.0, polarity))[..., 3]
-    for column, parts in ((10, left), (50, right)):
+    for column, parts in ((16, left), (48, right)):
         assert opacity[30, column] == round(255 * STRONGEST_OPACITY * parts / 4)
 
 

@@ -20,6 +20,8 @@ POLARITIES: Mapping[Polarity, str] = {
 NOTHING = "says nothing"
 # A larger share of a picture that the network did not see is worth a warning.
 CUT_WORTH_A_WARNING = 1 / 3
+# "Accurate to about 80 %" would sound like praise.
+ROUGH = 0.2
 # Below this strength, relative to the strongest of the run, hardly a colour is visible.
 WEAK = 0.25
 
@@ -85,6 +87,8 @@ def accuracy(error_estimate: float) -> str:
     """The error estimate in words that nobody takes for the prediction's."""
     if math.isnan(error_estimate):
         return "the accuracy of this explanation was not estimated"
+    if error_estimate > ROUGH:
+        return f"rough explanation, off by about {percent(error_estimate)}"
     if error_estimate < 0.01:
         return "explanation accurate to better than 1 %"
     return f"explanation accurate to about {percent(error_estimate)}"
@@ -105,11 +109,11 @@ def strength(share: float, pictures: int) -> str:
         pictures: in the run.
     """
     if pictures == 1:
-        return "the only picture of its run: nothing to compare its strength with"
+        return "the only picture here: nothing to compare its strength with"
     if share >= 1:
-        return f"the strongest evidence of the {pictures} pictures of this run"
+        return f"the strongest evidence of the {pictures} pictures here"
     what = "weak evidence," if share < WEAK else "evidence"
-    return f"{what} {percent(share)} as strong as in this run's strongest picture"
+    return f"{what} {percent(share)} as strong as in the strongest picture here"
 
 
 def name_of(index: int, predictions: tuple[Prediction, ...]) -> str:

@@ -21,10 +21,12 @@ from explain_client.run_facts import Run
 
 Overlay: TypeAlias = Literal["photograph", "original", "colours"]
 OVERLAYS: dict[Overlay, str] = {
-    "photograph": "over the faded photograph",
-    "original": "over the full colours",
-    "colours": "alone",
+    "photograph": "over the photograph, faded",
+    "original": "over the photograph as it is",
+    "colours": "on blank paper",
 }
+# A hard photograph takes more than the contract's default of 50.
+MOST_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Session:
         if not file:
             yield
             return
-        parameters: dict[str, Any] = {"tolerance": question.tolerance}
+        parameters: dict[str, Any] = {"tolerance": question.tolerance, "n_steps": MOST_STEPS}
         if question.contrast is not None:
             parameters["contrast"] = question.contrast
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections import OrderedDict
@@ -25,9 +26,8 @@ from explain_client.live import OVERLAYS, Question, Session, Style
 from explain_client.results import Network
 
 LOOPBACK, DEFAULT_PORT = "127.0.0.1", 7860
-NO_GRADIO, NO_SERVER = 2, 3
+WRONG_USAGE, NO_SERVER = 2, 3
 TOLERANCES = {"about 10 %": 0.1, "about 5 %": 0.05, "about 2 %": 0.02, "about 1 %": 0.01}
-MOST_STEPS = 400
 MOST_SESSIONS = 100  # each keeps two pictures
 # More than any network has classes; the server sends those that there are.
 _ALL_CLASSES = 1_000_000
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="explain web", description="Explain pictures on a page in the browser.")
     parser.add_argument("--url", default=DEFAULT_URL, help="host and gRPC port of the server (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="of the page, on loopback (default: %(default)s)"
+        "--port", type=int, default=DEFAULT_PORT, help="of the page, on loopback; 0: a free one (default: %(default)s)"
     )
     options = parser.parse_args(words)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -48,15 +48,21 @@ def main(words: list[str]) -> int:
         import uvicorn
     except ImportError as error:
         print(f"explain web needs Gradio ({error}): pip install 'explain-client[web]'", file=sys.stderr)
-        return NO_GRADIO
+        return WRONG_USAGE
     with ExplainClient(options.url) as client:
         try:
             page = Page(client)
         except ExplainError as error:
             print(f"{options.url} cannot be used: {error}; try explain doctor", file=sys.stderr)
             return NO_SERVER
-        print(f"explanations on http://{LOOPBACK}:{options.port}/ (Ctrl-C stops it)", flush=True)
-        uvicorn.run(page.app(), host=LOOPBACK, port=options.port, log_level="warning")
+        try:
+            listening = socket.create_server((LOOPBACK, options.port))
+        except OSError as error:
+            print(f"port {options.port} cannot be used ({error.strerror}): choose one with --port", file=sys.stderr)
+            return WRONG_USAGE
+        with listening:
+            print(f"explanations on http://{LOOPBACK}:{listening.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
+            uvicorn.Server(uvicorn.Config(page.app(), log_level="warning")).run(sockets=[listening])
     return 0
 
 
@@ -86,18 +92,16 @@ class Page:
 
         app = FastAPI()
 
-        def report(key: str, polarity: captions.Polarity = "all") -> HTMLResponse:
+        @app.get("/report/{key}", response_class=HTMLResponse)
+        def report(key: str, polarity: captions.Polarity = "all") -> Any:
             session = self._sessions.get(key)
             if session is None:
                 raise HTTPException(404, "this page was closed long ago")
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "report.html"
                 session.write_report(path, Style(polarity))
-                return HTMLResponse(path.read_text("utf-8"))
+                return path.read_text("utf-8")
 
-        # Annotations are strings here, which FastAPI could not resolve inside a function.
-        report.__annotations__ = {"key": str, "polarity": captions.Polarity}
-        app.get("/report/{key}")(report)
         css = f":root {{ {cards.style('all')} }}\n{cards.stylesheet()}\n{_resource('web.css')}"
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         return gradio.mount_gradio_app(app, self._blocks(), "/", css=css, theme=theme, footer_links=[], ssr_mode=False)
@@ -119,13 +123,22 @@ class Page:
             key = gr.State(lambda: secrets.token_urlsafe(16))
             gr.Markdown(_resource("web.md"))
             with gr.Row():
-                tolerance = gr.Radio(list(TOLERANCES), value="about 5 %", label="explanation accurate to")
-                polarity = gr.Radio(
-                    [(words, name) for name, words in captions.POLARITIES.items()], value="all", label="colours show"
+                tolerance = gr.Dropdown(
+                    list(TOLERANCES), value="about 5 %", label="explanation accurate to", min_width=220
                 )
-                overlay = gr.Radio(
-                    [(words, name) for name, words in OVERLAYS.items()], value="photograph", label="drawn"
+                polarity = gr.Dropdown(
+                    [(words, name) for name, words in captions.POLARITIES.items()],
+                    value="all",
+                    label="colours show",
+                    min_width=220,
                 )
+                overlay = gr.Dropdown(
+                    [(words, name) for name, words in OVERLAYS.items()],
+                    value="photograph",
+                    label="colours lie",
+                    min_width=220,
+                )
+            link = gr.HTML()
             images, targets, contrasts, panels = [], [], [], []
             with gr.Row():
                 for which in ("first", "second"):
@@ -141,25 +154,17 @@ class Page:
                             )
                         )
                         with gr.Row():
-                            targets.append(
-                                gr.Dropdown([("the predicted class", ANY), *classes], value=ANY, label="why")
-                            )
-                            contrasts.append(
-                                gr.Dropdown([("(nothing)", ANY), *classes], value=ANY, label="rather than")
-                            )
+                            for chosen, label, nothing in (
+                                (targets, "why", "the predicted class"),
+                                (contrasts, "rather than", "(nothing)"),
+                            ):
+                                choices = [(nothing, ANY), *classes]
+                                chosen.append(gr.Dropdown(choices, value=ANY, label=label, min_width=220))
                         panels.append(gr.HTML(elem_id=f"{which}-panel"))
-            link = gr.HTML()
             style = [polarity, overlay]
             for number in (0, 1):
                 gr.on(
-                    [images[number].change, targets[number].change, contrasts[number].change],
-                    self._explaining(number),
-                    [key, images[number], targets[number], contrasts[number], tolerance, *style],
-                    [*panels, link],
-                    show_progress="hidden",
-                    concurrency_limit=4,
-                )
-                tolerance.change(
+                    [each.change for each in (images[number], targets[number], contrasts[number], tolerance)],
                     self._explaining(number),
                     [key, images[number], targets[number], contrasts[number], tolerance, *style],
                     [*panels, link],
