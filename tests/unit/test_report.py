@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import encode, scene_image
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -23,16 +20,6 @@ from explain_client import Explanation, Network, Prediction
 from explain_client.report import Report
 from explain_client.run_facts import Run
 
-ARGUMENTS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 LABELS = ("star", "ring", "<b>heart</b>")
 LONG = "mango_with_a_name_that_is_longer_than_any_card_is_wide_on_whatever_screen_somebody_may_have_2026.webp"
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
@@ -77,19 +64,6 @@ def page(tmp_path_factory) -> Path:
         report.add_failure("broken <i>.png", "IMAGE is not a JPEG & no PNG")
         report.add_failure("busy.png", "the server has too much to do", encode(scene_image(0)))
     return path
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no chromedriver; apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, Service(driver)) as running:
-        yield running
 
 
 @pytest.fixture

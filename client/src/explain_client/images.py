@@ -72,7 +72,10 @@ def photograph(file: bytes) -> Image.Image:
     Raises:
         OSError: the file is broken, or no image that Pillow knows.
     """
-    return _upright(file).convert("RGB")
+    try:
+        return _upright(file).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they meet: ValueError, SyntaxError, struct.error, ...
+        raise OSError(f"the image cannot be read: {error}") from error
 
 
 def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:

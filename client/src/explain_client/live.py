@@ -101,7 +101,7 @@ class Session:
                 else:
                     panel.prediction = response
                 yield
-        except (ExplainError, OSError, ValueError, SyntaxError) as error:  # the last two are Pillow's
+        except (ExplainError, OSError) as error:
             panel.failure = str(error)
             yield
 

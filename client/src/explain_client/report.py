@@ -128,7 +128,7 @@ class Report:
         """Add an image that was not explained, the reason, and a thumbnail if the file can be read."""
         try:
             thumbnail = f'<img alt="" src="{cards.jpeg_url(photograph(file), cards.THUMBNAIL_SIDE)}">'
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
+        except OSError:
             thumbnail = '<span class="nothing" aria-hidden="true">?</span>'
         self._write(name, 'data-failed="1"', f'{thumbnail}<p class="failure">{escape(message)}</p>')
 

@@ -139,7 +139,10 @@ class Page:
                     min_width=220,
                 )
             link = gr.HTML()
-            images, targets, contrasts, panels = [], [], [], []
+            images: list[Any] = []
+            targets: list[Any] = []
+            contrasts: list[Any] = []
+            panels: list[Any] = []
             with gr.Row():
                 for which in ("first", "second"):
                     with gr.Column(min_width=320):
