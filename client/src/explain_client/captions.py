@@ -18,6 +18,8 @@ POLARITIES: Mapping[Polarity, str] = {
     "absolute": "evidence of either sign",
 }
 NOTHING = "says nothing"
+# Before a per cent sign, so that no line ends there.
+_SPACE = "\N{NO-BREAK SPACE}"
 # A larger share of a picture that the network did not see is worth a warning.
 CUT_WORTH_A_WARNING = 1 / 3
 # "Accurate to about 80 %" would sound like praise.
@@ -90,7 +92,7 @@ def accuracy(error_estimate: float) -> str:
     if error_estimate > ROUGH:
         return f"rough explanation, off by about {percent(error_estimate)}"
     if error_estimate < 0.01:
-        return "explanation accurate to better than 1 %"
+        return f"explanation accurate to better than 1{_SPACE}%"
     return f"explanation accurate to about {percent(error_estimate)}"
 
 
@@ -125,7 +127,7 @@ def name_of(index: int, predictions: tuple[Prediction, ...]) -> str:
 def percent(share: float) -> str:
     """A share as whole per cent, never rounded to none or all."""
     if share >= 1 or share <= 0:
-        return f"{100 * share:.0f} %"
+        return f"{100 * share:.0f}{_SPACE}%"
     if share < 0.005:
-        return "under 1 %"
-    return "over 99 %" if share > 0.995 else f"{100 * share:.0f} %"
+        return f"under 1{_SPACE}%"
+    return f"over 99{_SPACE}%" if share > 0.995 else f"{100 * share:.0f}{_SPACE}%"
