@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from explain_client import ExplainClient
-from explain_client.web import LOOPBACK, Page
+from explain_client.web import LOOPBACK, Page, server_of
 from tools.shapes.dataset import CLASSES, draw_scene
-from tools.triton.options import Ports
 
 pytestmark = pytest.mark.slow  # Gradio takes five seconds to import and to open
 
@@ -40,17 +39,14 @@ new MutationObserver(() => {
 def address(server):
     """The page's address, served by a thread."""
     pytest.importorskip("gradio")
-    uvicorn = pytest.importorskip("uvicorn")
-    port = Ports.free().http
-    with ExplainClient(server.grpc_url) as client:
+    listening = socket.create_server((LOOPBACK, 0))
+    with ExplainClient(server.grpc_url) as client, listening:
         for _ in range(3):  # warm
             client.explain(encode(scene_image(1)), tolerance=0.05)
-        page = uvicorn.Server(uvicorn.Config(Page(client).app(), host=LOOPBACK, port=port, log_level="warning"))
-        thread = threading.Thread(target=page.run)
+        page = server_of(Page(client).app())
+        thread = threading.Thread(target=page.run, args=([listening],))
         thread.start()
-        while not page.started:
-            time.sleep(0.05)
-        yield f"http://{LOOPBACK}:{port}/"
+        yield f"http://{LOOPBACK}:{listening.getsockname()[1]}/"
         page.should_exit = True
         thread.join()
 

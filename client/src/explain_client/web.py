@@ -45,7 +45,6 @@ def main(words: list[str]) -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401
-        import uvicorn
     except ImportError as error:
         print(f"explain web needs Gradio ({error}): pip install 'explain-client[web]'", file=sys.stderr)
         return WRONG_USAGE
@@ -62,8 +61,15 @@ def main(words: list[str]) -> int:
             return WRONG_USAGE
         with listening:
             print(f"explanations on http://{LOOPBACK}:{listening.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
-            uvicorn.Server(uvicorn.Config(page.app(), log_level="warning")).run(sockets=[listening])
+            server_of(page.app()).run(sockets=[listening])
     return 0
+
+
+def server_of(app: Any) -> Any:
+    """A uvicorn server of the page, not yet running. When it ends it does not wait for pages that are open."""
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
 
 class Page:
