@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import encode
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from explain_client import Explanation, Prediction
-from explain_client.contact_sheet import COLUMNS, ContactSheet
+from explain_client.contact_sheet import COLUMNS, ContactSheet, _write
 
 
 def explanation(value: float) -> Explanation:
@@ -46,3 +46,12 @@ def test_the_saliency_must_be_there(tmp_path):
     answer = Explanation(0.0, 20, 0.02, 1.0, None, None, None, (Prediction(0, "star", 0.9),), 0)
     with ContactSheet(tmp_path / "sheet.png") as sheet, pytest.raises(ValueError, match="`want`"):
         sheet.add("one.png", b"", answer)
+
+
+def test_a_no_break_space_is_drawn_as_a_space():
+    """The font has no glyph for it and would draw a box."""
+    pictures = []
+    for text in ("61\N{NO-BREAK SPACE}%", "61 %"):
+        pictures.append(Image.new("RGB", (100, 30), "white"))
+        _write(ImageDraw.Draw(pictures[-1]), (0, 0), text, 20, (0, 0, 0), 100)
+    assert pictures[0].tobytes() == pictures[1].tobytes()

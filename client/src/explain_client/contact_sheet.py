@@ -129,6 +129,7 @@ def _write(
 ) -> int:
     """Write a line, shortened to ``most`` pixels; returns its width."""
     font = ImageFont.load_default(size)
+    text = text.replace("\N{NO-BREAK SPACE}", " ")  # which the font lacks
     if pen.textlength(text, font) > most:
         while text and pen.textlength(f"{text}…", font) > most:
             text = text[:-1]
