@@ -68,7 +68,7 @@ def opened(browser, address, tmp_path: Path):
 
 
 def waited(browser, condition: Callable[[], object]) -> object:
-    return WebDriverWait(browser, 60, 0.05).until(lambda _: condition())
+    return WebDriverWait(browser, 180, 0.05).until(lambda _: condition())
 
 
 def panel(browser) -> str:

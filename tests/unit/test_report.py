@@ -129,7 +129,7 @@ def test_the_first_cards_colours_are_seen_untouched(report):
 @pytest.mark.parametrize(
     ("selector", "number", "words"),
     [
-        (".answer", 0, "The network says star, 60 %"),
+        (".answer", 0, "The network says star, 60 % sure"),
         ("figure:last-child figcaption", 0, "Why star rather than ring?"),
         (".legend", 0, "speaks for ring\nspeaks for star"),
         (".strength", 0, "the strongest evidence of the 3 pictures here"),

@@ -84,7 +84,7 @@ def prediction_bars(predictions: Iterable[Prediction], explained: int, contrast:
 
 def answer(words: Caption) -> str:
     """The prediction."""
-    return f'<p class="answer">The network says <b>{escape(words.prediction)}</b></p>'
+    return f'<p class="answer">The network says <b>{escape(words.prediction)}</b> sure</p>'
 
 
 def strength_meter(text: str) -> str:

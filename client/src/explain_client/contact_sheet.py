@@ -107,7 +107,7 @@ class ContactSheet:
         height = GAP + TITLE * 3 // 2 + entry.picture.height + (len(notes) + 1) * TEXT * 3 // 2 + 2 * TEXT
         figure = Image.new("RGB", (width, height), "white")
         pen = ImageDraw.Draw(figure)
-        _write(pen, (GAP, GAP), f"{words.prediction}   ({entry.name})", TITLE, INK, width - 2 * GAP)
+        _write(pen, (GAP, GAP), f"{words.prediction} sure   ({entry.name})", TITLE, INK, width - 2 * GAP)
         top = GAP + TITLE * 3 // 2
         for left, drawn in zip((GAP, 2 * GAP + entry.picture.width), pair):
             figure.paste(drawn, (left, top))
