@@ -6,9 +6,9 @@ INSTALLED := .venv/.installed
 # torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
-.PHONY: demo serve test test-slow test-containers bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
+.PHONY: demo serve web test test-slow test-containers bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
 
-# NETWORK=lite0|imagenet|shapes|PATH chooses the network of these two.
+# NETWORK=lite0|imagenet|shapes|PATH chooses the network of demo, serve and web.
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(IMAGE)
 
@@ -24,6 +24,10 @@ test-slow: $(INSTALLED)
 # The images and the compose project, by a Docker engine of the tests' own; as root. CONTAINERS=FOLDER keeps its data.
 test-containers: $(INSTALLED)
 	$(BIN)/python -m pytest -m containers tests/deploy $(ARGS)
+
+# A server and a page that explains pictures, http://127.0.0.1:7860/; both end with Ctrl-C.
+web: $(INSTALLED)
+	exec $(BIN)/python -m tools.web $(ARGS)
 
 # One report of all benchmarks, out/bench/report.md: under 40 minutes on 2 cores, under 5 with ARGS=--quick.
 bench: $(INSTALLED)

@@ -12,10 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
-from explain_client import ExplainClient, View
-from explain_client.images import as_seen
 from explain_client.runs import find_sources
 from tools.classifiers.source import ExportError
 from tools.export import describe_served, ensure_exported, read_manifest
@@ -27,14 +25,12 @@ from tools.triton.process import ServerError
 
 DEMO_OUTPUTS = OUTPUTS / "demo"
 REPORT = DEMO_OUTPUTS / "report.html"
+CONTACT_SHEET = DEMO_OUTPUTS / "contact_sheet.png"
 # Relative error of the attributions: a smaller one is not visible in a heatmap. Hard photographs take over 50 steps.
 TOLERANCE = "0.05"
 MOST_STEPS = "200"
 SAMPLES = ("heart", "star", "ring", "cross", "crescent", "arrow", "triangle", "hexagon")
 FORMATS = ("jpg", "png", "webp")
-TILE = 224  # side of a picture, whatever the network's input
-CAPTION = 22
-COLUMNS = 4
 
 
 def write_samples(folder: Path, network: str | None) -> list[Path]:
@@ -57,27 +53,6 @@ def _draw_shapes(folder: Path) -> list[Path]:
         paths.append(folder / f"{name}.{FORMATS[index % len(FORMATS)]}")
         Image.fromarray(scene.image).save(paths[-1], quality=92)
     return paths
-
-
-def contact_sheet(images: list[Path], folder: Path, view: View) -> Path:
-    """Write one picture of all images, as the classifier saw them, beside their heatmaps; returns its path."""
-    columns = min(COLUMNS, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * 2 * TILE, rows * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, path in enumerate(images):
-        left, top = (index % columns) * 2 * TILE, (index // columns) * (TILE + CAPTION)
-        sheet.paste(_tile(as_seen(path.read_bytes(), view)), (left, top + CAPTION))
-        with Image.open(folder / f"{path.stem}.heatmap.png") as heatmap:
-            sheet.paste(_tile(heatmap), (left + TILE, top + CAPTION))
-        draw.text((left + 4, top + 4), path.name, fill="black", font=ImageFont.load_default(14))
-    path = folder / "contact_sheet.png"
-    sheet.save(path)
-    return path
-
-
-def _tile(picture: Image.Image) -> Image.Image:
-    return ImageOps.pad(picture, (TILE, TILE), color="white")
 
 
 def _images_of(arguments: list[Path]) -> list[Path]:
@@ -115,16 +90,13 @@ def main() -> None:
                 *("--tolerance", TOLERANCE, "--n-steps", MOST_STEPS),
                 *("--out", str(DEMO_OUTPUTS)),
                 *("--report", str(REPORT)),
+                *("--contact-sheet", str(CONTACT_SHEET)),
             ]
             code = subprocess.run([*command, *map(str, images)], check=False).returncode
             if code:
                 sys.exit(code)
-            with ExplainClient(server.grpc_url) as client:
-                view = client.view()
     except (ServerError, ExportError) as error:
         sys.exit(f"demo: {error}")
-    print(f"all of them in one picture: {contact_sheet(images, DEMO_OUTPUTS, view)}")
-    print(f"with a slider and the numbers, for a browser: {REPORT}")
 
 
 if __name__ == "__main__":

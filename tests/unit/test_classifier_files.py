@@ -118,3 +118,13 @@ def test_the_shape_is_that_of_pixels_in_or_out() -> None:
     other = {"name": "IMAGE", "dims": [1]}
     assert pixels_shape({"input": [other], "output": [pixels]}) == (1, 28, 28)
     assert pixels_shape({"input": [pixels], "output": [other]}) == (1, 28, 28)
+
+
+@pytest.mark.parametrize("is_anothers", [False, True])
+def test_the_network_is_named_by_its_own_manifest_alone(tmp_path: Path, is_anothers: bool) -> None:
+    sha256 = hashlib.sha256(b"a model").hexdigest()
+    (tmp_path / "model.pt").write_bytes(b"a model")
+    manifest = {"model_sha256": "another" if is_anothers else sha256, "architecture": "resnet18", "weights": "mine"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    names = {"architecture": "", "weights": ""} if is_anothers else {"architecture": "resnet18", "weights": "mine"}
+    assert ClassifierFiles(tmp_path).network == {**names, "sha256": sha256}

@@ -8,7 +8,7 @@ from explain_client.connection import TLS
 from explain_client.errors import ExplainError, RefusedError, TimedOutError, UnavailableError
 from explain_client.images import View
 from explain_client.parameters import Parameters, TensorParameters
-from explain_client.results import Attribution, Classification, Explanation, Level, Prediction
+from explain_client.results import Attribution, Classification, Explanation, Level, Network, Prediction
 from explain_client.tensors import TensorAttribution, TensorClient
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ExplainError",
     "Explanation",
     "Level",
+    "Network",
     "Parameters",
     "Prediction",
     "RefusedError",

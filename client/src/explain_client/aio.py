@@ -28,13 +28,24 @@ from explain_client.protocol import (
     explain_call,
     is_final,
     labels_call,
+    network_call,
     read_explanation,
     read_labels,
+    read_network,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Answer, Classification, Explanation, Level, Prediction, has_label, with_label
+from explain_client.results import (
+    Answer,
+    Classification,
+    Explanation,
+    Level,
+    Network,
+    Prediction,
+    has_label,
+    with_label,
+)
 from explain_client.retries import Attempts
 
 if TYPE_CHECKING:
@@ -176,6 +187,10 @@ class AsyncExplainClient:
                 raise from_triton(error) from error
             self._view = read_view(answer.config)
         return self._view
+
+    async def network(self) -> Network:
+        """See ``ExplainClient.network``."""
+        return read_network(await self._infer(network_call()))
 
     @property
     def _connection(self) -> triton.InferenceServerClient:

@@ -9,18 +9,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+from PIL import Image
 from tqdm import tqdm
 
 from explain_client.aio import AsyncExplainClient
+from explain_client.contact_sheet import ContactSheet
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, View
 from explain_client.labels import class_of
 from explain_client.options import UsageError, connection_options, contract_parameters
 from explain_client.output import Output, check_writable
 from explain_client.parameters import Parameters
+from explain_client.protocol import Wanted
 from explain_client.records import Record, read_record
 from explain_client.report import Report
 from explain_client.results import Classification
+from explain_client.run_facts import Run, describe_run
 from explain_client.runs import Source, explain_all, find_sources
 
 
@@ -40,10 +44,14 @@ async def explain_images(options: argparse.Namespace) -> int:
         await client.check()
         target, parameters = await _with_classes(client, options)
         made_with = {"target": target, **parameters}
-        left, kept = _sort_out(sources, made_with) if options.skip_existing else (sources, [])
+        left, kept = _sort_out(sources, made_with, _wanted(options)) if options.skip_existing else (sources, [])
         with contextlib.ExitStack() as stack:
-            report = stack.enter_context(Report(options.report, await _view(client))) if options.report else None
-            output = Output(options, made_with, report)
+            run_facts, view = Run(), DEFAULT_VIEW
+            if options.report or options.contact_sheet:
+                run_facts, view = await describe_run(client, target, parameters), await _view(client)
+            report = stack.enter_context(Report(options.report, view, run_facts)) if options.report else None
+            sheet = ContactSheet(options.contact_sheet, view, run_facts) if options.contact_sheet else None
+            output = Output(options, made_with, report, stack.enter_context(sheet) if sheet else None)
             try:
                 for source, record in kept:
                     output.keep(source, record)
@@ -63,7 +71,7 @@ async def _batch(
     parameters: Parameters,
     output: Output,
 ) -> None:
-    outcomes = explain_all(client, sources, options.concurrency, target, options.top_k, ["heatmap"], parameters)
+    outcomes = explain_all(client, sources, options.concurrency, target, options.top_k, _wanted(options), parameters)
     bar = tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
     with bar:
         async with contextlib.aclosing(outcomes):
@@ -101,11 +109,20 @@ def _find_sources(options: argparse.Namespace) -> list[Source]:
     if not sources:
         raise UsageError("no images found")
     check_writable(options.out, "--out")
-    if options.report:
-        if options.report.is_dir():
-            raise UsageError(f"--report {options.report} is a folder, not a file")
-        check_writable(options.report.parent, "--report: the folder")
+    for option, file in (("--report", options.report), ("--contact-sheet", options.contact_sheet)):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise UsageError(f"{option} {file} is a folder, not a file")
+        check_writable(file.parent, f"{option}: the folder")
+    if options.contact_sheet and options.contact_sheet.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--contact-sheet {options.contact_sheet} must end with .png, .jpg or the like")
     return sources
+
+
+def _wanted(options: argparse.Namespace) -> list[Wanted]:
+    """The tensors that the run takes; report and contact sheet draw the saliency."""
+    return ["heatmap", "saliency"] if options.report or options.contact_sheet else ["heatmap"]
 
 
 async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace) -> tuple[int | None, Parameters]:
@@ -121,17 +138,19 @@ async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace)
     return target, parameters
 
 
-def _sort_out(sources: Sequence[Source], made_with: dict[str, Any]) -> tuple[list[Source], list[tuple[Source, Record]]]:
+def _sort_out(
+    sources: Sequence[Source], made_with: dict[str, Any], wanted: Sequence[Wanted]
+) -> tuple[list[Source], list[tuple[Source, Record]]]:
     """The images that are left to explain, and those whose heatmaps of an earlier run are kept, with their records."""
     left, kept, others = [], [], 0
     for source in sources:
         record = read_record(source.heatmap) if source.is_older else None
-        if record is not None and record.options == made_with:
+        if record is not None and record.options == made_with and record.has(wanted):
             kept.append((source, record))
         else:
             left.append(source)
             others += record is not None
-    note = f"; {others} were made with other options and are explained again" if others else ""
+    note = f"; {others} were made with other options, or for no report, and are explained again" if others else ""
     print(f"{len(kept)} of {len(sources)} have their heatmaps{note}", file=sys.stderr)
     return left, kept
 

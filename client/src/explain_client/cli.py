@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from explain_client import web
 from explain_client.batch import explain_images
 from explain_client.client import ExplainClient
 from explain_client.doctor import diagnose
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(words: Sequence[str]) -> int:
-    commands = {"doctor": _doctor, "labels": _labels}
+    commands = {"doctor": _doctor, "labels": _labels, "web": web.main}
     name = words[0] if words and words[0] in commands and not os.path.exists(words[0]) else ""
     try:
         if name:

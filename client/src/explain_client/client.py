@@ -27,13 +27,24 @@ from explain_client.protocol import (
     is_final,
     labels_call,
     message_of,
+    network_call,
     read_explanation,
     read_labels,
+    read_network,
     read_predictions,
     read_response,
     read_view,
 )
-from explain_client.results import Answer, Classification, Explanation, Level, Prediction, has_label, with_label
+from explain_client.results import (
+    Answer,
+    Classification,
+    Explanation,
+    Level,
+    Network,
+    Prediction,
+    has_label,
+    with_label,
+)
 from explain_client.retries import Attempts
 
 if TYPE_CHECKING:
@@ -190,6 +201,10 @@ class ExplainClient:
                 raise from_triton(error) from error
             self._view = read_view(answer.config)
         return self._view
+
+    def network(self) -> Network:
+        """The network that the server explains."""
+        return read_network(self._infer(network_call()))
 
     @property
     def _connection(self) -> triton.InferenceServerClient:

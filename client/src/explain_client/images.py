@@ -97,6 +97,18 @@ def _of_numbers(image: Image.Image) -> Image.Image:
     return image.convert("I;16" if most > 255 else "L")
 
 
+def photograph(file: bytes) -> Image.Image:
+    """An image file as people see it: RGB, turned upright by its EXIF orientation, at its own resolution.
+
+    Raises:
+        OSError: the file is broken, or no image that Pillow knows.
+    """
+    try:
+        return _upright(file).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they meet: ValueError, SyntaxError, struct.error, ...
+        raise OSError(f"the image cannot be read: {error}") from error
+
+
 def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
     """The classifier's view of an image file, RGB, as large as its heatmap, to show beside it.
 
@@ -104,22 +116,52 @@ def as_seen(file: bytes, view: View = DEFAULT_VIEW) -> Image.Image:
         file: the encoded image.
         view: of the server's classifier: ``ExplainClient.view``.
     """
+    image = _upright(file).convert("L" if view.channels == 1 else "RGB")
+    image = image.resize(_resized(image.size, view), Image.Resampling[view.interpolation.upper()])
+    height, width = view.crop
+    left, top = _edge(image.width, width), _edge(image.height, height)
+    return image.crop((left, top, left + width, top + height)).convert("RGB")
+
+
+def seen_box(size: tuple[int, int], view: View = DEFAULT_VIEW) -> tuple[float, float, float, float]:
+    """The part of a photograph that the classifier sees: left, top, right and bottom, in pixels of the photograph.
+
+    It is larger than the photograph where a black border is added.
+
+    Args:
+        size: (width, height) of the upright photograph.
+        view: of the server's classifier.
+    """
+    resized, crop = _resized(size, view), view.crop[::-1]
+    scales = [own / new for own, new in zip(size, resized)]
+    edges = [_edge(new, cropped) for new, cropped in zip(resized, crop)]
+    left, top = (edge * scale for edge, scale in zip(edges, scales))
+    right, bottom = ((edge + cropped) * scale for edge, cropped, scale in zip(edges, crop, scales))
+    return left, top, right, bottom
+
+
+def share_cut_away(size: tuple[int, int], view: View = DEFAULT_VIEW) -> float:
+    """Share of a photograph's area, in [0, 1], that the classifier does not see; arguments as for ``seen_box``."""
+    left, top, right, bottom = seen_box(size, view)
+    seen = (min(right, size[0]) - max(left, 0.0)) * (min(bottom, size[1]) - max(top, 0.0))
+    return max(0.0, 1 - seen / (size[0] * size[1]))
+
+
+def _upright(file: bytes) -> Image.Image:
     # The server accepts a JPEG file whose end marker is missing. Behind one, another one says nothing.
     whole = file + JPEG_END if file.startswith(JPEG_START) else file
     with Image.open(io.BytesIO(whole)) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16 bits: the server keeps the high byte
         image = Image.fromarray((np.asarray(image) >> 8).clip(max=255).astype(np.uint8))
-    image = image.convert("L" if view.channels == 1 else "RGB")
+    return image
+
+
+def _resized(size: tuple[int, int], view: View) -> tuple[int, int]:
+    """(width, height) before the crop."""
     if isinstance(view.resize, int):  # sides and edges are rounded as in torchvision
-        short = min(image.size)
-        size = (view.resize * image.width // short, view.resize * image.height // short)
-    else:
-        size = (view.resize[1], view.resize[0])
-    image = image.resize(size, Image.Resampling[view.interpolation.upper()])
-    height, width = view.crop
-    left, top = _edge(image.width, width), _edge(image.height, height)
-    return image.crop((left, top, left + width, top + height)).convert("RGB")
+        return view.resize * size[0] // min(size), view.resize * size[1] // min(size)
+    return view.resize[1], view.resize[0]
 
 
 def _edge(side: int, cropped: int) -> int:

@@ -17,6 +17,7 @@ VERSION = f"explain-client {__version__}"
 EPILOG = f"""exit status: 0 all images explained; 1 some failed (they are listed at the end); 2 wrong usage;
 3 the server cannot be reached; 130 interrupted.
 'explain labels' lists the server's classes. 'explain doctor' finds out what is wrong with a server.
+'explain web' explains pictures on a page in the browser.
 {HEADERS_VARIABLE} has headers to send, as --header, one a line. NO_COLOR switches colours off."""
 HELPS = {
     "n_steps": "gradient evaluations; with --tolerance or --deadline-ms their limit (default: 50)",
@@ -53,8 +54,8 @@ def parse_explain(words: Sequence[str]) -> argparse.Namespace:
     """Parse the options of ``explain`` itself."""
     parser = _explain_parser()
     options = parse(parser, words)
-    if options.stream and options.report:
-        parser.error("--report takes no --stream")
+    if options.stream and (options.report or options.contact_sheet):
+        parser.error("--stream takes neither --report nor --contact-sheet")
     if fault := contradiction(contract_parameters(options)):
         parser.error(fault)
     return options
@@ -104,7 +105,7 @@ def contract_parameters(options: argparse.Namespace) -> Parameters:
 def _explain_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="explain",
-        usage="explain [OPTION ...] IMAGE [IMAGE ...]\n       explain {labels,doctor} [OPTION ...]",
+        usage="explain [OPTION ...] IMAGE [IMAGE ...]\n       explain {labels,doctor,web} [OPTION ...]",
         description="Explain what an image classifier saw in images.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,6 +130,9 @@ def _explain_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("explanations"), metavar="DIR", help="default: %(default)s")
     output.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with all results")
+    output.add_argument(
+        "--contact-sheet", type=Path, metavar="FILE.png", help="one picture of all images beside their explanations"
+    )
     output.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     output.add_argument("--top-k", type=count, default=5, help="predictions of each image (default: %(default)s)")
     output.add_argument(

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from explain_client.contact_sheet import ContactSheet
 from explain_client.options import UsageError
 from explain_client.records import Record, with_record
 from explain_client.report import Report
@@ -32,10 +33,17 @@ class Output:
         options: of the command.
         made_with: the options that are recorded in heatmaps.
         report: the page under way, if there is one.
+        sheet: the contact sheet under way, if there is one.
     """
 
-    def __init__(self, options: argparse.Namespace, made_with: Mapping[str, Any], report: Report | None) -> None:
-        self._options, self._made_with, self._report = options, made_with, report
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        made_with: Mapping[str, Any],
+        report: Report | None = None,
+        sheet: ContactSheet | None = None,
+    ) -> None:
+        self._options, self._made_with, self._report, self._sheet = options, made_with, report, sheet
         self._failures: list[str] = []
         self._heatmaps: list[Path] = []
         self._kept = 0
@@ -51,19 +59,21 @@ class Output:
     def keep(self, source: Source, record: Record) -> None:
         """Take the explanation of an earlier run."""
         self._kept += 1
-        if self._report is None:
+        if self._report is None and self._sheet is None:
             return
+        file = b""
         try:
-            self._report.add(source.name, source.read(), record.explanation)
+            file = source.read()
+            self._show(source, file, record.explanation)
         except (OSError, ValueError) as error:
-            self.fail(source, error)
+            self.fail(source, error, file)
 
     def take(self, outcome: Outcome) -> None:
         """Write the outcome of one image."""
         source, explanation = outcome.source, outcome.explanation
         if explanation is None:
-            self.fail(source, outcome.error)
-        elif self._writes(source, outcome.file, explanation):
+            self.fail(source, outcome.error, outcome.file)
+        elif self._writes(outcome, explanation):
             self.line(
                 json.dumps(_as_json(source, explanation)) if self._options.json else self._row(source, explanation)
             )
@@ -80,11 +90,11 @@ class Output:
             self._write_heatmap(source, whole)
         self.line(json.dumps(_as_json(source, response)) if self._options.json else self._level(source, response))
 
-    def fail(self, source: Source, error: Exception | None) -> None:
-        """Note that an image was not explained."""
+    def fail(self, source: Source, error: Exception | None, file: bytes = b"") -> None:
+        """Note that an image was not explained; the report shows its file as a thumbnail."""
         self._failures.append(f"{source.name}: {error}")
         if self._report is not None:
-            self._report.add_failure(source.name, str(error))
+            self._report.add_failure(source.name, str(error), file)
         if self._options.json:
             self.line(json.dumps({"image": source.name, "error": str(error)}))
 
@@ -94,6 +104,8 @@ class Output:
             print(paint(failure, RED, sys.stderr), file=sys.stderr)
         if self._options.report:
             print(f"report in {self._options.report}", file=sys.stderr)
+        if self._sheet is not None and not self._sheet.is_empty:
+            print(f"all in one picture: {self._options.contact_sheet}", file=sys.stderr)
         written = list(dict.fromkeys(self._heatmaps))
         where = f"heatmap in {written[0]}" if len(written) == 1 else f"heatmaps in {self._options.out}/"
         counts = [f"{len(written)} of {images} explained"]
@@ -102,16 +114,24 @@ class Output:
         print(", ".join(counts) + (f"; {where}" if written else ""), file=sys.stderr)
         return SOME_FAILED if self._failures else ALL_EXPLAINED
 
-    def _writes(self, source: Source, file: bytes, explanation: Explanation) -> bool:
-        """Write heatmap and report; whether that went well."""
+    def _writes(self, outcome: Outcome, explanation: Explanation) -> bool:
+        """Write heatmap, report and contact sheet; whether that went well."""
         try:
-            self._write_heatmap(source, explanation)
-            if self._report is not None:
-                self._report.add(source.name, file, explanation)
+            self._write_heatmap(outcome.source, explanation)
+            self._show(outcome.source, outcome.file, explanation, outcome.own_milliseconds)
         except (OSError, ValueError) as error:  # for example a full disk, or a folder of the heatmap's name
-            self.fail(source, error)
+            self.fail(outcome.source, error, outcome.file)
             return False
         return True
+
+    def _show(
+        self, source: Source, file: bytes, explanation: Explanation, own_milliseconds: float | None = None
+    ) -> None:
+        """Add an image to report and contact sheet."""
+        if self._report is not None:
+            self._report.add(source.name, file, explanation, own_milliseconds)
+        if self._sheet is not None:
+            self._sheet.add(source.name, file, explanation)
 
     def _write_heatmap(self, source: Source, explanation: Explanation) -> None:
         write_whole(source.heatmap, with_record(explanation, self._made_with))

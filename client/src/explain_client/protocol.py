@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tritonclient.grpc as triton
+from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc._utils import _get_inference_request  # makes the message that tritonclient's calls send
 
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, ImageSource, View, encoded
 from explain_client.parameters import as_sent
-from explain_client.results import Classification, Explanation, Level, Prediction
+from explain_client.results import Classification, Explanation, Level, Network, Prediction
 
 Model: TypeAlias = Literal["explain", "explain_stream"]
 Wanted: TypeAlias = Literal["saliency", "attributions", "heatmap"]
@@ -136,6 +138,16 @@ def read_view(config: Any) -> View:
     resize = sides[0] if len(sides) == 1 else (sides[0], sides[1])
     interpolation = settings.get("interpolation", DEFAULT_VIEW.interpolation)
     return View(resize, (height, width), interpolation, channels)
+
+
+def network_call() -> Call:
+    """A request for the network's name; its image is of no account."""
+    return Call(VIEW_MODEL, [_image(Image.new("RGB", (1, 1)))], [triton.InferRequestedOutput("NETWORK")], {})
+
+
+def read_network(result: triton.InferResult) -> Network:
+    """The answer to ``network_call``."""
+    return Network(**json.loads(result.as_numpy("NETWORK")[0, 0]))
 
 
 def is_final(result: triton.InferResult) -> bool:

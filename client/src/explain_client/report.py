@@ -1,99 +1,156 @@
-"""One self-contained HTML page for a run: images, predictions and heatmaps are embedded."""
+"""One self-contained HTML page for a run: photographs, predictions and explanations are embedded."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
+import re
+import secrets
 import shutil
+from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 from types import TracebackType
 
-from explain_client.images import DEFAULT_VIEW, View, as_seen
-from explain_client.results import Explanation
+from PIL import Image
 
-_PLACE = "<!-- items -->"
-JPEG_QUALITY = 85
+from explain_client import captions, cards, pictures
+from explain_client.images import DEFAULT_VIEW, View, photograph, share_cut_away
+from explain_client.results import Explanation
+from explain_client.run_facts import Run
+
+_PLACE, _RUN, _STYLE = "<!-- items -->", "<!-- run -->", "/* style */"
 
 
 class Report:
-    """A page under way, as a context manager. Items are written to a temporary file, which becomes the page at the end.
+    """A page under way, as a context manager. Items go to a temporary file; the page is written at the end.
+
+    Colours of all images are on one scale, which is known only then.
 
     Args:
         path: file of the page; an existing one is replaced when the page is complete.
-        view: of the server's classifier, to show images as it sees them.
+        view: of the server's classifier, to show which part of an image it sees.
+        run: what all images have in common.
 
     Raises:
         OSError: the page cannot be written.
     """
 
-    def __init__(self, path: Path, view: View = DEFAULT_VIEW) -> None:
-        self._path, self._view = path, view
+    def __init__(self, path: Path, view: View = DEFAULT_VIEW, run: Run | None = None) -> None:
+        self._path, self._view, self._run = path, view, run or Run()
+        self._started = datetime.now()
+        self._strengths: list[float] = []
         self._count = 0
+        # Stands in an item for what depends on all strengths; no image can have it in its name.
+        self._token = f"strength-{secrets.token_hex(8)}"
 
     def __enter__(self) -> Report:
-        template = files("explain_client").joinpath("report.html").read_text("utf-8")
-        before, self._after = template.split(_PLACE)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
-        )
-        self._file.write(before)
+        self._items = TemporaryFile("w+", encoding="utf-8", dir=self._path.parent)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            self._file.write(self._after)
-        Path(self._file.name).chmod(0o644)
-        shutil.move(self._file.name, self._path)
+        template = files("explain_client").joinpath("report.html").read_text("utf-8")
+        before, after = template.replace(_RUN, self._header()).replace(_STYLE, self._style()).split(_PLACE)
+        with (
+            self._items,
+            NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
+            ) as page,
+        ):
+            page.write(before)
+            self._items.seek(0)
+            for line in self._items:
+                page.write(self._with_strengths(line))
+            page.write(after)
+        Path(page.name).chmod(0o644)
+        shutil.move(page.name, self._path)
 
-    def add(self, name: str, file: bytes, explanation: Explanation) -> None:
-        """Add an image by its encoded bytes and its explanation, which must have the heatmap."""
-        top = explanation.predictions[0]
+    def add(self, name: str, file: bytes, explanation: Explanation, milliseconds: float | None = None) -> None:
+        """Add an image by its encoded bytes and its explanation, which must have the saliency.
+
+        Args:
+            name: its path, or what stands for one. The page shows the last part.
+            file: the encoded image.
+            explanation: with ``saliency``.
+            milliseconds: that the image took, without waiting for others; None: those of the explanation.
+        """
+        if explanation.saliency is None:
+            raise ValueError("the report draws the saliency, which was not requested; name it in `want`")
+        took = explanation.milliseconds if milliseconds is None else milliseconds
         error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
-        facts = [
-            f"evidence for <b>{escape(explanation.explained_label)}</b>",
-            f"{explanation.n_steps} steps",
-            f"estimated error {100 * explanation.error_estimate:.1f} %" if error else "no error estimate",
-            f"{explanation.milliseconds:.0f} ms",
-        ]
-        seen = io.BytesIO()
-        as_seen(file, self._view).save(seen, "JPEG", quality=JPEG_QUALITY)
+        strength = pictures.strength(explanation.saliency)
+        layer = pictures.colour_layer(explanation.saliency, strength, self._run.polarity)
+        number = len(self._strengths)
+        self._strengths.append(strength)
         self._write(
             name,
-            f'data-probability="{top.probability:.6f}" data-error="{error}" data-steps="{explanation.n_steps}" '
-            f'data-milliseconds="{explanation.milliseconds:.1f}"',
-            '<div class="view">'
-            f'<img alt="the image" src="{_data_url("image/jpeg", seen.getvalue())}">'
-            f'<img alt="its heatmap" class="over" src="{_data_url("image/png", explanation.heatmap_png or b"")}"></div>'
-            f'<input type="range" min="0" max="100" value="50" aria-label="image to heatmap, {escape(name)}">'
-            f'<div class="predictions">{"".join(_bars(explanation))}</div><p class="facts">{" · ".join(facts)}</p>',
+            f'data-probability="{explanation.predictions[0].probability:.6f}" data-error="{error}" '
+            f'data-steps="{explanation.n_steps}" data-milliseconds="{took:.1f}" data-strength="{strength:.6g}" '
+            f'style="--strength:{self._token}-share-{number}-"',
+            self._card(photograph(file), explanation, layer, f"{self._token}-words-{number}-", took),
         )
 
-    def add_failure(self, name: str, message: str) -> None:
-        """Add an image that was not explained, and the reason."""
-        self._write(name, 'data-failed="1"', f'<p class="failure">{escape(message)}</p>')
+    def _card(
+        self, picture: Image.Image, explanation: Explanation, layer: Image.Image, strength: str, took: float
+    ) -> str:
+        """What a card shows below its title."""
+        run, url = self._run, cards.jpeg_url(picture, cards.LONGEST_SIDE)
+        words = captions.caption(
+            explanation.predictions,
+            run.explained_in(explanation),
+            explanation.error_estimate,
+            share_cut_away(picture.size, self._view),
+            run.contrast_in(explanation),
+            run.polarity,
+        )
+        facts = [f"<b>{escape(words.accuracy)}</b>", f"{explanation.n_steps} gradient steps", cards.duration(took)]
+        parts = (
+            cards.answer(words),
+            '<div class="pictures">',
+            cards.photograph_figure(picture, self._view, url),
+            cards.coloured_figure(picture, self._view, words, layer),
+            "</div>",
+            cards.colour_bar(words),
+            cards.strength_meter(strength),
+            cards.warning(words),
+            cards.prediction_bars(explanation.predictions, explanation.explained_class, run.contrast),
+            cards.facts(facts),
+            '<p class="tools"><button class="toggle" aria-pressed="true">colours</button>',
+            '<button class="download">download</button></p>',
+        )
+        return "".join(parts)
+
+    def add_failure(self, name: str, message: str, file: bytes = b"") -> None:
+        """Add an image that was not explained, the reason, and a thumbnail if the file can be read."""
+        try:
+            thumbnail = f'<img alt="" src="{cards.jpeg_url(photograph(file), cards.THUMBNAIL_SIDE)}">'
+        except OSError:
+            thumbnail = '<span class="nothing" aria-hidden="true">?</span>'
+        self._write(name, 'data-failed="1"', f'{thumbnail}<p class="failure">{escape(message)}</p>')
 
     def _write(self, name: str, data: str, content: str) -> None:
         attributes = f'data-number="{self._count}" data-name="{escape(name)}" {data}'
-        self._file.write(f"<article {attributes}><h2>{escape(name)}</h2>{content}</article>\n")
+        title = f'<h2 title="{escape(name)}">{escape(Path(name).name or name)}</h2>'
+        self._items.write(" ".join(f"<article {attributes}>{title}{content}</article>".splitlines()) + "\n")
         self._count += 1
 
+    def _with_strengths(self, item: str) -> str:
+        """An item with its strength relative to the strongest of the run."""
+        strongest = max(self._strengths, default=0.0) or 1.0
 
-def _bars(explanation: Explanation) -> list[str]:
-    explained = explanation.explained_class
-    return [
-        f'<span class="label{" explained" if prediction.index == explained else ""}">{escape(prediction.label)}</span>'
-        f'<span class="track"><i style="width:{100 * prediction.probability:.1f}%"></i></span>'
-        f'<span class="number">{100 * prediction.probability:.1f} %</span>'
-        for prediction in explanation.predictions
-    ]
+        def replacement(match: re.Match[str]) -> str:
+            share = self._strengths[int(match[2])] / strongest
+            return f"{share:.4f}" if match[1] == "share" else escape(captions.strength(share, len(self._strengths)))
 
+        return re.sub(rf"{self._token}-(share|words)-(\d+)-", replacement, item)
 
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    def _header(self) -> str:
+        facts = self._run.facts(self._started).items()
+        return "".join(f"<div><dt>{what}</dt><dd>{escape(words)}</dd></div>" for what, words in facts)
+
+    def _style(self) -> str:
+        return f":root {{ {cards.style(self._run.polarity)} }}\n{cards.stylesheet()}"

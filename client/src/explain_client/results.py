@@ -113,6 +113,20 @@ class Explanation(Attribution):
 
 
 @dataclass(frozen=True)
+class Network:
+    """The network that a server explains.
+
+    Attributes:
+        architecture, weights: as they were exported; empty if the file was not exported with this project's tools.
+        sha256: checksum of its TorchScript file.
+    """
+
+    architecture: str
+    weights: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Classification:
     """The first response of a stream.
 

@@ -6,6 +6,7 @@ import asyncio
 import glob
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,41 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result for an image: its bytes and an explanation, or an error."""
+    """The result for an image: its bytes and an explanation, or an error.
+
+    ``own_milliseconds`` is the image's share of the run's time: it counts a moment in which n images were in flight as
+    one n-th. Of one image at a time it is all of its time; of many it leaves out the wait for the others.
+    """
 
     source: Source
     file: bytes
     explanation: Explanation | None
     error: ExplainError | OSError | None
+    own_milliseconds: float
+
+
+class SharedClock:
+    """Time that those who are under way divide among themselves."""
+
+    def __init__(self) -> None:
+        self._share, self._under_way, self._at = 0.0, 0, time.perf_counter()
+
+    def enter(self) -> float:
+        """Begin; the result is for ``leave``."""
+        self._advance()
+        self._under_way += 1
+        return self._share
+
+    def leave(self, entered: float) -> float:
+        """End; seconds of one's own."""
+        self._advance()
+        self._under_way -= 1
+        return self._share - entered
+
+    def _advance(self) -> None:
+        now = time.perf_counter()
+        self._share += (now - self._at) / max(self._under_way, 1)
+        self._at = now
 
 
 def find_sources(arguments: Sequence[str], out: Path) -> list[Source]:
@@ -101,14 +131,17 @@ async def explain_all(
 ) -> AsyncGenerator[Outcome, None]:
     """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes."""
 
+    clock = SharedClock()
+
     async def explain(source: Source) -> Outcome:
-        file = b""
+        file, explanation, failure = b"", None, None
+        entered = clock.enter()
         try:
             file = source.read()
             explanation = await client.explain(file, target=target, top_k=top_k, want=want, **parameters)
         except (ExplainError, OSError) as error:
-            return Outcome(source, file, None, error)
-        return Outcome(source, file, explanation, None)
+            failure = error
+        return Outcome(source, file, explanation, failure, 1e3 * clock.leave(entered))
 
     waiting: Iterator[Source] = iter(sources)
     under_way: set[asyncio.Task[Outcome]] = set()

@@ -103,6 +103,19 @@ class ClassifierFiles:
         """Checksum of the TorchScript file; empty if there is none."""
         return hashlib.sha256(self.model.read_bytes()).hexdigest() if self.model.is_file() else ""
 
+    @cached_property
+    def manifest(self) -> Mapping[str, Any]:
+        """What `tools/export` wrote about the TorchScript file; empty if the file is another one."""
+        file = self.folder / "manifest.json"
+        manifest = json.loads(file.read_text()) if file.is_file() else {}
+        return manifest if self.sha256 and manifest.get("model_sha256") == self.sha256 else {}
+
+    @property
+    def network(self) -> dict[str, str]:
+        """Names of the network and its weights, empty if they are not known, and the checksum."""
+        names = {name: str(self.manifest.get(name, "")) for name in ("architecture", "weights")}
+        return {**names, "sha256": self.sha256}
+
     def preprocessing(self, settings: Mapping[str, str], input_shape: Sequence[int]) -> Preprocessing:
         """How images become the classifier's input.
 
@@ -116,14 +129,12 @@ class ClassifierFiles:
         Raises:
             PreprocessingError: the manifest is for another shape, or a setting or the manifest cannot be served.
         """
-        file = self.folder / "manifest.json"
-        manifest = json.loads(file.read_text()) if file.is_file() else {}
-        if self.sha256 and manifest.get("model_sha256") == self.sha256:
-            preprocessing = Preprocessing.from_manifest(manifest["preprocessing"])
+        if self.manifest:
+            preprocessing = Preprocessing.from_manifest(self.manifest["preprocessing"])
             if preprocessing.input_shape != tuple(input_shape):
                 raise PreprocessingError(
-                    f"{file} is for an input of {_shown(preprocessing.input_shape)}, but PIXELS in this model's "
-                    f"config.pbtxt are {_shown(input_shape)}; python -m tools.export writes both"
+                    f"{self.folder / 'manifest.json'} is for an input of {_shown(preprocessing.input_shape)}, but "
+                    f"PIXELS in this model's config.pbtxt are {_shown(input_shape)}; python -m tools.export writes both"
                 )
         else:
             preprocessing = Preprocessing.from_settings(settings, input_shape)

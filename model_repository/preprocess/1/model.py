@@ -47,6 +47,7 @@ class TritonPythonModel:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         setup = ModelSetup.read(args)
         self.preprocessing = setup.preprocessing
+        self.network = json.dumps(setup.files.network).encode()
         limits = ("max_image_bytes", "max_image_pixels", "max_request_pixels")
         self.limits = ImageLimits(*(int(setup.settings[name]) for name in limits))
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
@@ -84,9 +85,10 @@ class TritonPythonModel:
         except Exception as failure:  # an exception would make Triton fail the whole batch
             pb_utils.Logger.log_error(f"preprocess failed: {traceback.format_exc()}")
             return pb_utils.InferenceResponse(error=triton_error("failed", f"preprocess failed: {failure!r:.200}"))
-        return pb_utils.InferenceResponse(
-            output_tensors=[pb_utils.Tensor("PIXELS", pixels), pb_utils.Tensor("RESOLVED_TARGET", target)]
-        )
+        tensors = [pb_utils.Tensor("PIXELS", pixels), pb_utils.Tensor("RESOLVED_TARGET", target)]
+        if "NETWORK" in request.requested_output_names():
+            tensors.append(pb_utils.Tensor("NETWORK", np.full((len(pixels), 1), self.network, np.object_)))
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
     def _preprocess(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
         """Pixels float32 [n, channels, height, width] and targets int64 [n, 1] of a request."""
