@@ -78,8 +78,8 @@ class Tied(Scripted):
         classes = (b"0.5:0:star", b"0.5:1:ring", b"0.0:2:cross")[:count]
         add_tensor(response, "PROBABILITIES", "BYTES", classes)
         if request.model_name != "classify":
-            targets = [each for each in request.inputs if each.name == "TARGET"]
-            target = np.frombuffer(request.raw_input_contents[1], np.int64)[0] if targets else 1
+            target = np.frombuffer(request.raw_input_contents[1], np.int64)[0]
+            target = 1 if target == -1 else target  # the predicted class
             add_tensor(response, "EXPLAINED_CLASS", "INT64", [target])
             add_tensor(response, "CONVERGENCE_DELTA", "FP32", [-1e-6])
             add_tensor(response, "N_STEPS", "INT32", [4])

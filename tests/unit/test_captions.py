@@ -18,8 +18,8 @@ def words(error=0.021, cut=0.0, contrast=None, polarity="all", explained="tabby"
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (0.021, "explanation accurate to about 2\N{NO-BREAK SPACE}%"),
-        (0.126, "explanation accurate to about 13\N{NO-BREAK SPACE}%"),
+        (0.021, "explanation accurate to about ±2\N{NO-BREAK SPACE}%"),
+        (0.126, "explanation accurate to about ±13\N{NO-BREAK SPACE}%"),
         (0.83, "rough explanation, off by about 83\N{NO-BREAK SPACE}%"),
         (0.004, "explanation accurate to better than 1\N{NO-BREAK SPACE}%"),
         (math.nan, "the accuracy of this explanation was not estimated"),
@@ -58,13 +58,13 @@ def test_question_and_ends_of_the_colour_bar(contrast, polarity, question, ends)
     ("share", "pictures", "said"),
     [
         (1.0, 1, "the only picture here: nothing to compare its strength with"),
-        (1.0, 8, "the strongest evidence of the 8 pictures here"),
-        (0.5, 8, "evidence 50\N{NO-BREAK SPACE}% as strong as in the strongest picture here"),
-        (0.04, 8, "weak evidence, 4\N{NO-BREAK SPACE}% as strong as in the strongest picture here"),
+        (1.0, 8, "the strongest colours of the 8 pictures here"),
+        (0.5, 8, "colours 50\N{NO-BREAK SPACE}% as strong as in moon.jpg, the strongest here"),
+        (0.04, 8, "weak colours, 4\N{NO-BREAK SPACE}% as strong as in moon.jpg, the strongest here"),
     ],
 )
 def test_strength_is_relative_to_the_run(share, pictures, said):
-    assert captions.strength(share, pictures) == said
+    assert captions.strength(share, pictures, "moon.jpg") == said
 
 
 @pytest.mark.parametrize(

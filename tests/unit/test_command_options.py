@@ -58,7 +58,7 @@ def test_words_are_choices(name, image, capsys):
         (["--tolerence=0.1"], "unrecognized arguments: --tolerence=0.1; did you mean '--tolerance'?"),
         (["--polarty=all"], "did you mean '--polarity'?"),
         (["--header", "nothing"], "a header is NAME: VALUE, not 'nothing'"),
-        (["--stream", "--report", "x.html"], "--report takes no --stream"),
+        (["--stream", "--report", "x.html"], "--stream takes neither --report nor --contact-sheet"),
         (["--url", "ftp://node"], "explain: 'ftp://node' is not HOST:PORT"),
         (["--cert", "client.pem"], "explain: a client certificate needs its key"),
         (["--cacert", "absent.pem"], "absent.pem"),

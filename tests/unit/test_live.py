@@ -62,7 +62,7 @@ def test_prediction_comes_first_and_then_the_colours_sharpen(session):
     assert 'class="layer"' not in first
     assert "rough explanation, off by about 80\N{NO-BREAK SPACE}%, getting sharper" in coarse
     assert 'class="layer"' in coarse
-    assert "<b>explanation accurate to about 4\N{NO-BREAK SPACE}%</b> · 40 gradient steps" in last
+    assert "<b>explanation accurate to about ±4\N{NO-BREAK SPACE}%</b> · 40 gradient steps" in last
     assert "74\N{NO-BREAK SPACE}% of this picture lies outside the frame" in last
 
 
@@ -87,7 +87,9 @@ def test_two_pictures_share_one_scale(session, answers):
     answers.strength = 4.0
     explain(session, 1)
     assert strength(session.html(0, Style())) == pytest.approx(0.25, abs=1e-3)
-    assert "evidence 25\N{NO-BREAK SPACE}% as strong as in the strongest picture here" in session.html(0, Style())
+    assert "colours 25\N{NO-BREAK SPACE}% as strong as in the other picture, the strongest here" in session.html(
+        0, Style()
+    )
 
 
 def test_a_later_picture_ends_the_earlier_stream(session):

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import encode, scene_image
 from PIL import Image
 
 from explain_client import Explanation, Level, Prediction
+from explain_client.pictures import colour_layer, strength
 from explain_client.records import read_record, with_record
 from explain_client.runs import find_sources
 
@@ -19,6 +21,17 @@ PICTURE = encode(scene_image(0).resize((64, 64)))
 def explanation(error: float = 0.02, picture: bytes | None = PICTURE) -> Explanation:
     predictions = (Prediction(3, "étoile", 0.75), Prediction(1, "<ring>", 0.2))
     return Explanation(-0.001, 20, error, 12.5, None, None, picture, predictions, 7, "cross")
+
+
+def test_a_records_saliency_has_the_same_picture(tmp_path):
+    saliency = np.zeros((224, 224), np.float32)
+    saliency[60:160, 40:80], saliency[61:160, 150:181] = 1e-6, -5e-7
+    (tmp_path / "one.png").write_bytes(with_record(replace(explanation(), saliency=saliency), {}))
+    kept = read_record(tmp_path / "one.png").explanation.saliency
+    assert kept.shape == (56, 56)
+    assert strength(kept) == pytest.approx(strength(saliency), rel=0.02)
+    layers = [colour_layer(each, strength(saliency)).resize((56, 56)) for each in (saliency, kept)]
+    assert np.abs(np.subtract(*(np.asarray(layer, int)[..., 3] for layer in layers))).max() <= 6
 
 
 @pytest.mark.parametrize("error", [0.02, math.nan])
@@ -67,8 +80,8 @@ def test_results_are_short_in_a_terminal_and_shown_in_a_notebook():
     assert "étoile" in page
     assert "&lt;ring&gt;" in page
     assert "<ring>" not in page
-    assert "explanation accurate to about 2 %" in page
+    assert "explanation accurate to about ±2 %" in page
     assert "img" not in explanation(picture=None)._repr_html_()
     level = Level(0.0, 8, 0.051, 10.0, np.zeros((2, 2), np.float32), None, PICTURE, is_last=False)
     assert repr(level) == "Level(8 steps, error 5.1%)"
-    assert "about 5 %" in level._repr_html_()
+    assert "about ±5 %" in level._repr_html_()

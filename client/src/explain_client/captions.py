@@ -93,7 +93,7 @@ def accuracy(error_estimate: float) -> str:
         return f"rough explanation, off by about {percent(error_estimate)}"
     if error_estimate < 0.01:
         return f"explanation accurate to better than 1{_SPACE}%"
-    return f"explanation accurate to about {percent(error_estimate)}"
+    return f"explanation accurate to about ±{percent(error_estimate)}"
 
 
 def cut_warning(share: float) -> str:
@@ -103,19 +103,20 @@ def cut_warning(share: float) -> str:
     return f"{percent(share)} of this picture lies outside the frame: the network never saw it"
 
 
-def strength(share: float, pictures: int) -> str:
+def strength(share: float, pictures: int, strongest: str) -> str:
     """How strong the evidence of one picture is beside that of its run, in words.
 
     Args:
         share: of the strength of the run's strongest picture, in [0, 1].
         pictures: in the run.
+        strongest: name of the strongest one.
     """
     if pictures == 1:
         return "the only picture here: nothing to compare its strength with"
     if share >= 1:
-        return f"the strongest evidence of the {pictures} pictures here"
-    what = "weak evidence," if share < WEAK else "evidence"
-    return f"{what} {percent(share)} as strong as in the strongest picture here"
+        return f"the strongest colours of the {pictures} pictures here"
+    what = "weak colours," if share < WEAK else "colours"
+    return f"{what} {percent(share)} as strong as in {strongest}, the strongest here"
 
 
 def name_of(index: int, predictions: tuple[Prediction, ...]) -> str:

@@ -86,8 +86,8 @@ class ContactSheet:
 
     def draw(self) -> Image.Image:
         """The sheet, RGB."""
-        scale = max(entry.strength for entry in self._entries)
-        figures = [self._figure(entry, scale) for entry in self._entries]
+        strongest = max(self._entries, key=lambda entry: entry.strength)
+        figures = [self._figure(entry, strongest) for entry in self._entries]
         columns = min(COLUMNS, len(figures))
         rows = [figures[start : start + columns] for start in range(0, len(figures), columns)]
         heights = [max(figure.height for figure in row) for row in rows]
@@ -99,12 +99,12 @@ class ContactSheet:
             top += height
         return sheet
 
-    def _figure(self, entry: _Entry, scale: float) -> Image.Image:
+    def _figure(self, entry: _Entry, strongest: _Entry) -> Image.Image:
         """One image: title, photograph and coloured photograph, colour bar, what to know."""
-        words, polarity = entry.words, self._run.polarity
+        words, polarity, scale = entry.words, self._run.polarity, strongest.strength
         layer = pictures.colour_layer(entry.saliency, scale, polarity)
         pair = (pictures.framed(entry.picture, self._view), pictures.overlay(entry.picture, layer, self._view))
-        relative = captions.strength(entry.strength / (scale or 1.0), len(self._entries))
+        relative = captions.strength(entry.strength / (scale or 1.0), len(self._entries), strongest.name)
         notes = [(words.accuracy, SOFT), (relative, SOFT)]
         if words.warning:
             notes.append((words.warning, NOTE))

@@ -124,7 +124,7 @@ class Session:
             status = words.accuracy if panel.level.is_last else f"{words.accuracy}, getting sharper …"
         count = sum(each.level is not None for each in self.panels)
         if count > 1 and panel.level is not None:
-            shown.append(cards.strength_meter(escape(captions.strength(share, count))))
+            shown.append(cards.strength_meter(escape(captions.strength(share, count, "the other picture"))))
         contrast = panel.question.contrast if panel.question else None
         parts = (
             cards.answer(words),

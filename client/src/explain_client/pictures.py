@@ -25,9 +25,9 @@ SMOOTHING_SHARE = 0.05
 FULL_COLOUR_PERCENTILE = 99.0
 FOR, AGAINST, EITHER = (214, 24, 32), (24, 92, 224), (146, 32, 178)
 STRONGEST_OPACITY = 0.85
-# The photograph under the colours keeps this much of its own colours and, against a light paper, of its contrast. The
-# part outside the frame keeps this much of its light.
-SATURATION, CONTRAST, PAPER, LIGHT_OUTSIDE = 0.35, 0.7, (222, 222, 226), 0.45
+# The photograph under the colours is grey, so that nobody takes its own colours for evidence. Against a light paper it
+# keeps this much of its contrast; the part outside the frame keeps this much of its light.
+SATURATION, CONTRAST, PAPER, LIGHT_OUTSIDE = 0.0, 0.7, (222, 222, 226), 0.45
 FRAME_SHARE = 1 / 160
 
 

@@ -41,6 +41,7 @@ class Report:
         self._path, self._view, self._run = path, view, run or Run()
         self._started = datetime.now()
         self._strengths: list[float] = []
+        self._strongest = ""  # its name
         self._count = 0
         # Stands in an item for what depends on all strengths; no image can have it in its name.
         self._token = f"strength-{secrets.token_hex(8)}"
@@ -84,6 +85,8 @@ class Report:
         error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
         strength = pictures.strength(explanation.saliency)
         layer = pictures.colour_layer(explanation.saliency, strength, self._run.polarity)
+        if strength > max(self._strengths, default=-1.0):
+            self._strongest = _title(name)
         number = len(self._strengths)
         self._strengths.append(strength)
         self._write(
@@ -134,7 +137,7 @@ class Report:
 
     def _write(self, name: str, data: str, content: str) -> None:
         attributes = f'data-number="{self._count}" data-name="{escape(name)}" {data}'
-        title = f'<h2 title="{escape(name)}">{escape(Path(name).name or name)}</h2>'
+        title = f'<h2 title="{escape(name)}">{escape(_title(name))}</h2>'
         self._items.write(" ".join(f"<article {attributes}>{title}{content}</article>".splitlines()) + "\n")
         self._count += 1
 
@@ -144,7 +147,8 @@ class Report:
 
         def replacement(match: re.Match[str]) -> str:
             share = self._strengths[int(match[2])] / strongest
-            return f"{share:.4f}" if match[1] == "share" else escape(captions.strength(share, len(self._strengths)))
+            words = escape(captions.strength(share, len(self._strengths), self._strongest))
+            return f"{share:.4f}" if match[1] == "share" else words
 
         return re.sub(rf"{self._token}-(share|words)-(\d+)-", replacement, item)
 
@@ -154,3 +158,8 @@ class Report:
 
     def _style(self) -> str:
         return f":root {{ {cards.style(self._run.polarity)} }}\n{cards.stylesheet()}"
+
+
+def _title(name: str) -> str:
+    """A file's name without its folders."""
+    return Path(name).name or name

@@ -82,7 +82,7 @@ class Attribution:
         if math.isnan(self.error_estimate):
             return f"{self.n_steps} steps, no estimate of the explanation's error"
         error = self.error_estimate
-        return f"explanation accurate to about {100 * error:.{0 if error >= 0.01 else 1}f} %, {self.n_steps} steps"
+        return f"explanation accurate to about ±{100 * error:.{0 if error >= 0.01 else 1}f} %, {self.n_steps} steps"
 
 
 @dataclass(frozen=True, repr=False)

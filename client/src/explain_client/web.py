@@ -24,7 +24,7 @@ from explain_client.options import UsageError, add_server_options, connection_op
 from explain_client.results import Network
 
 LOOPBACK, DEFAULT_PORT = "127.0.0.1", 7860
-TOLERANCES = {"about 10 %": 0.1, "about 5 %": 0.05, "about 2 %": 0.02, "about 1 %": 0.01}
+TOLERANCES = {"±10 %": 0.1, "±5 %": 0.05, "±2 %": 0.02, "±1 %": 0.01}
 MOST_SESSIONS = 100  # each keeps two pictures
 ANY = -1  # of a choice of classes: the predicted one, or none
 
@@ -127,7 +127,7 @@ class Page:
             gr.Markdown(_resource("web.md"))
             with gr.Row():
                 tolerance = gr.Dropdown(
-                    list(TOLERANCES), value="about 5 %", label="explanation accurate to", min_width=220
+                    list(TOLERANCES), value="±5 %", label="explanation accurate to about", min_width=220
                 )
                 polarity = gr.Dropdown(
                     [(words, name) for name, words in captions.POLARITIES.items()],
