@@ -179,7 +179,7 @@ def test_skipped_images_are_in_the_report_and_other_options_are_noticed(explain_
         ([], "1 of 2 have their heatmaps\n"),
         (
             ["--target", CLASSES[3]],
-            "0 of 2 have their heatmaps; 2 were made with other options and are explained again",
+            "0 of 2 have their heatmaps; 2 were made with other options, or for no report, and are explained again",
         ),
         (["--target", 3], "2 of 2 have their heatmaps\n"),
     ):
