@@ -252,3 +252,32 @@ def test_completeness_holds_as_steps_grow_on_any_architecture(architecture):
     reference, _ = captum_attribution(model, image, baseline, **options)
     # Captum in float32 is itself about 1e-3 from float64 at two nodes: one flipped activation is that much.
     assert relative_distance(few.attributions, reference) <= 5e-3
+
+
+@pytest.mark.parametrize("points", [False, True], ids=["discrete gradients", "points"])
+@pytest.mark.parametrize("output", ["logit", "probability"])
+@pytest.mark.parametrize("what", ["no path", "no gradients"])
+def test_a_map_of_zeros_takes_one_stage(served_module, what, output, points):
+    """Though the classifier's logits and the engine's differ by rounding."""
+    module = copy.deepcopy(served_module)
+    if what == "no gradients":
+        for weight in module.parameters():
+            weight.data.mul_(weight.dim() == 1 or weight.dim() == 2)
+    engine = AttributionEngine(module)
+    engine.network.has_mean_slopes = not points
+    image = scene_pixels(0)[:, :64, :64]
+    baseline = image.clone() if what == "no path" else torch.zeros_like(image)
+    with torch.no_grad():
+        logits = engine.network(image[None])[0] * (1 + 1e-6)
+    job = Job(image, baseline, 3, 1000, tolerance=0.1, image_logits=logits, probability=output == "probability")
+    (explanation,) = engine.explain([job])
+    assert not explanation.attributions.any()
+    assert explanation.n_steps <= 10
+    assert explanation.error_estimate == 0
+
+
+def test_a_pass_without_rows_is_refused(engine):
+    image = torch.zeros(3, 32, 32)
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f"a pass takes at least one row, not {rows}"):
+            engine.explain([Job(image, image, 0, 4)], rows)

@@ -41,6 +41,27 @@ class Bad(nn.Module):
         return pixels.mean((1, 2, 3)), pixels.mean((1, 2, 3))
 
 
+class Split(nn.Module):
+    """Has a stem and a tail, and something of its own between them."""
+
+    def __init__(self, stem: nn.Module, between: nn.Module) -> None:
+        super().__init__()
+        self.stem_layers, self.between = stem, between
+        self.tail_layers = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.tail(self.between(self.stem(pixels)))
+        return logits, logits.softmax(dim=1)
+
+    @torch.jit.export
+    def stem(self, pixels: Tensor) -> Tensor:
+        return self.stem_layers(pixels)
+
+    @torch.jit.export
+    def tail(self, features: Tensor) -> Tensor:
+        return self.tail_layers(features)
+
+
 def scripted(module: nn.Module) -> Callable[[Path], None]:
     return lambda file: torch.jit.script(module).save(str(file))
 
@@ -61,6 +82,14 @@ BAD = {
     "wrong shapes": (scripted(Bad()), "returns [2] and [2] for 2 images"),
     "not finite": (scripted(Wrapped(float("inf"))), "logits that are not finite"),
     "no slopes": (scripted(Wrapped(0.0)), "are zero everywhere, so there is nothing to explain"),
+    "a stem that is not affine": (
+        scripted(seeded(Split(nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU()), nn.Identity()))),
+        "cannot be used: its stem is not affine",
+    ),
+    "something between stem and tail": (
+        scripted(seeded(Split(nn.Conv2d(3, 4, 3, stride=4), nn.Sigmoid()))),
+        "cannot be used: it does not return tail(stem(images))",
+    ),
     "detached": (scripted(Wrapped(1.0, is_detached=True)), "has no gradients"),
 }
 

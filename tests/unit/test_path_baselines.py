@@ -130,3 +130,9 @@ def test_noise_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     BASELINES.make("noise", pixels(8), seed=4)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("level", [0, 1, 77, 254, 255])
+def test_the_blur_of_one_colour_is_that_colour_without_rounding(level: int) -> None:
+    image = normalize(to_tensor(Image.new("RGB", (64, 64), (level, level, level))), MEAN, STD)
+    assert torch.equal(blur(image), image)

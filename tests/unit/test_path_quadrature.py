@@ -32,7 +32,7 @@ def test_trapezoid_weights_are_captums_which_add_up_to_less_than_one(n_steps: in
 def test_a_rule_is_computed_once() -> None:
     nodes, weights = quadrature("riemann_middle", 17)
     assert quadrature("riemann_middle", 17)[0] is nodes
-    assert (nodes.dtype, weights.dtype) == (torch.float32, torch.float32)
+    assert (nodes.dtype, weights.dtype) == (torch.float64, torch.float32)
     assert nodes.shape == weights.shape == (17,)
 
 

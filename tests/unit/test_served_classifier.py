@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from classifier_loading import check_classifier, check_gradients, load_classifier
+from classifier_network import Network
 from own_networks import Flat, Grouped, Tiny, seeded
 from torch import Tensor, nn
 
@@ -49,6 +51,30 @@ class InPlace(Tiny):
         features += 0.1
         nn.functional.relu(features, inplace=True)
         logits: Tensor = self.head(features.view(features.size(0), 8, -1).mean(2))
+        return logits
+
+
+class Views(nn.Module):
+    """Reads its activations by a view that needs them contiguous, and writes into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8 * 8 * 8, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = nn.functional.relu(self.conv(pixels), inplace=True)
+        logits: Tensor = self.head(features.view(features.size(0), -1))
+        return logits
+
+
+class BranchingViews(Views):
+    """The same, with a decision that `torch.export` cannot follow."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = nn.functional.relu(self.conv(pixels), inplace=True)
+        if bool(features.sum() > 1e9):
+            features = -features
+        logits: Tensor = self.head(features.view(features.size(0), -1))
         return logits
 
 
@@ -153,6 +179,35 @@ def test_torchscript_is_served_as_it_is(tmp_path: Path) -> None:
     assert isinstance(served, PlainClassifier)
     assert served.limitation == "it was a TorchScript file"
     assert script(network, SHAPE, tmp_path / "model.pt")[1] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [
+        (Views(), DiscreteGradientClassifier),
+        (torch.jit.script(Views()), PlainClassifier),
+        (torch.jit.trace(Views(), torch.zeros(2, *SHAPE)), PlainClassifier),
+        (BranchingViews(), PlainClassifier),
+    ],
+    ids=["eager", "scripted", "traced", "with a branch"],
+)
+def test_views_and_writes_in_place_are_served(tmp_path: Path, network: nn.Module, kind: type[ServedClassifier]) -> None:
+    written, difference = script(seeded(network), SHAPE, tmp_path / "model.pt")
+    assert type(written) is kind
+    assert difference <= 1e-5
+    module = load_classifier(tmp_path / "model.pt", torch.device("cpu"))
+    assert check_classifier(module, tmp_path / "model.pt", SHAPE, torch.device("cpu")) == 10
+    check_gradients(Network(module), tmp_path / "model.pt", SHAPE, torch.device("cpu"))
+
+
+def test_writes_into_the_image_itself_are_refused(tmp_path: Path) -> None:
+    class Shifting(Tiny):
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.norm(self.conv(pixels.sub_(0.5))).relu().mean((2, 3)))
+            return logits
+
+    with pytest.raises(ScriptingError, match=r"cannot be run: .* in-place operation"):
+        script(torch.jit.script(seeded(Shifting())), SHAPE, tmp_path / "model.pt")
 
 
 def test_a_program_is_read_like_its_network(tmp_path: Path) -> None:

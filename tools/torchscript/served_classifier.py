@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from error_reasons import reason
@@ -19,6 +20,8 @@ aten = torch.ops.aten
 TOLERANCE = 1e-4
 # Relative L2 distance of gradients: an activation that is 0 but for rounding may pass its gradient in one of the two.
 GRADIENT_TOLERANCE = 0.05
+# A pattern of TorchScript's graphs, by the operator's name.
+_PATTERN = "graph(%tensor, %shape):\n  %result = aten::{}(%tensor, %shape)\n  return (%result)"
 
 
 class ScriptingError(Exception):
@@ -212,13 +215,25 @@ def script(module: nn.Module, input_shape: Sequence[int], file: Path) -> tuple[S
 
 def _write(served: ServedClassifier, eager: nn.Module, input_shape: Sequence[int], file: Path) -> float:
     try:
-        torch.jit.script(served).save(str(file))
+        scripted = torch.jit.script(served)
+        _reshape_where_it_views(scripted)
+        scripted.save(str(file))
     except Exception as error:  # the compiler raises whatever it stumbles over
         raise ScriptingError(f"TorchScript cannot compile the network: {reason(error)}") from None
     try:
         return verify(torch.jit.load(str(file)), eager, input_shape)
     except RuntimeError as error:
         raise ScriptingError(f"the network or its export cannot be run: {reason(error)}") from None
+
+
+def _reshape_where_it_views(scripted: torch.jit.ScriptModule) -> None:
+    """Read tensors of any memory format, as channels_last's, where the code is TorchScript's own. Changes it."""
+    for part in scripted.modules():
+        functions: Any = getattr(part, "_c", None)
+        for name in functions._method_names() if functions is not None else ():
+            graph = functions._get_method(name).graph
+            rewrite = torch._C._jit_pass_custom_pattern_based_rewrite_graph
+            rewrite(_PATTERN.format("view"), _PATTERN.format("reshape"), graph)
 
 
 def verify(served: torch.jit.ScriptModule, eager: nn.Module, input_shape: Sequence[int]) -> float:

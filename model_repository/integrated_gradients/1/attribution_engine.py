@@ -143,7 +143,10 @@ class AttributionEngine:
             with_delta: see ``explain``.
             arrivals: called before each pass; returns further jobs, which join those under way.
         """
-        scheduler = _Scheduler(min(max_rows or self.max_rows, self.max_rows))
+        limit = self.max_rows if max_rows is None else min(max_rows, self.max_rows)
+        if limit < 1:
+            raise ValueError(f"a pass takes at least one row, not {limit}")
+        scheduler = _Scheduler(limit)
         with self._lock:
             self._scheduler = scheduler
             try:
@@ -305,7 +308,8 @@ class AttributionEngine:
             edges_of_steps = density.edges(job.output, job.n_steps)
             nodes = edges_of_steps if is_paired else (edges_of_steps[1:] + edges_of_steps[:-1]) / 2
             return FixedRule(nodes.to(device), edges_of_steps.diff())
-        nodes, weights = (values[job.part :: job.parts] for values in quadrature(job.method, job.n_steps))
+        rule = job.rule or quadrature(job.method, job.n_steps)
+        nodes, weights = (values[job.part :: job.parts] for values in rule)
         return FixedRule(nodes.to(device), weights)
 
     def _affordable_steps(self, job: Job, overlap: int, sharing: int) -> float:

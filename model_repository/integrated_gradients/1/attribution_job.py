@@ -26,6 +26,9 @@ class Job:
     is the best within this time; it may overrun by one pass. It comes earlier if it is within the tolerance. Either of
     them replaces ``method``.
 
+    With a ``rule``, (nodes float64, weights float32), each [n_steps], the attribution is that of these nodes, and
+    ``method`` is not read.
+
     With ``parts`` the attribution is a summand: that of the nodes ``part``, ``part + parts``, ``part + 2 parts`` and so
     on, of one of Captum's methods.
 
@@ -54,6 +57,7 @@ class Job:
     baseline_key: Hashable = None  # equal keys promise equal baselines, which are evaluated once
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
     request_start: RequestStart = field(default_factory=RequestStart)
+    rule: tuple[Tensor, Tensor] | None = None
 
     @property
     def refines(self) -> bool:
@@ -64,6 +68,11 @@ class Job:
     def output(self) -> str:
         """The explained output, as calibrations name it."""
         return "probability" if self.probability else "logit"
+
+    @property
+    def classes(self) -> list[int]:
+        """The class that is explained, and the one that is subtracted if there is one."""
+        return [self.target] if self.contrast is None else [self.target, self.contrast]
 
     def objective(self, logits: Tensor) -> Tensor:
         """The explained function of logits [classes], a scalar."""

@@ -1,112 +1,153 @@
-"""A drop-in for ``captum.attr.IntegratedGradients`` with Captum's arguments, results and errors, run by the engine."""
+"""A drop-in for ``captum.attr.IntegratedGradients``. The engine takes its gradients where it is sure of the answer."""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import captum.attr
 import torch
+from accelerated_calls import is_plain_context, plain_images, rows_targets
 from attribution_engine import AttributionEngine
-from attribution_job import Explanation, Job
-from captum.attr._utils.common import _format_input_baseline, _validate_input
-from captum.log import log_usage
-from classifier_network import Network, UnsupportedOutputError
+from attribution_job import Job
+from captum._utils.gradient import compute_gradients
+from classifier_network import Network
+from path_quadrature import quadrature
+from row_independence import ModuleState, RowsError, count_classes, is_exported, why_not_plain
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class ExportedLogits(torch.nn.Module):
+    """The logits of an exported classifier, which returns (logits, probabilities)."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Images [n, ...] -> logits [n, classes]."""
+        logits: Tensor = self.module(*inputs)[0]
+        return logits
 
 
 class IntegratedGradients(captum.attr.IntegratedGradients):
-    """``captum.attr.IntegratedGradients``, faster where one tensor goes into a module that returns class scores.
+    """``captum.attr.IntegratedGradients`` with its arguments, results and errors, faster where one tensor is explained.
+
+    The engine takes the gradients if the function is a module in evaluation mode, without hooks, in float32 or float64,
+    whose rows are independent of each other: a probe of six rows checks it at the first call, and again for other
+    shapes and after changes to the module. Each image needs one class as its target. The stem of a file that
+    ``tools.export`` wrote is hoisted, and its logits are explained. Everything else is run by Captum's own code.
 
     Args:
-        forward_func: see Captum. Where a module has ``stem`` and ``tail``, the stem is hoisted.
+        forward_func: see Captum.
         multiply_by_inputs: see Captum.
-        max_rows: rows of one forward and backward pass; bounds memory.
+        max_rows: rows of one forward and backward pass of the engine, at least 1; bounds memory.
     """
 
     def __init__(self, forward_func: Callable[..., Any], multiply_by_inputs: bool = True, max_rows: int = 8) -> None:
-        network = Network(forward_func)
-        # Captum's code needs a function that returns logits and nothing else; it finds hooks only on the module itself.
-        returns_tuple = network.hoists or isinstance(network.module, torch.jit.ScriptModule)
-        super().__init__(network if returns_tuple else network.module, multiply_by_inputs)
-        self.engine = AttributionEngine(network, max_rows, multiply_by_inputs=multiply_by_inputs)
+        super().__init__(forward_func, multiply_by_inputs)
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, not {max_rows}")
+        self.max_rows = max_rows
+        self._probed: _Probed | None = None
 
-    @log_usage()  # NoiseTunnel calls what this decorator wraps
-    def attribute(
+    @property
+    def forward_func(self) -> Callable[..., Any]:
+        """The function that is explained; for a file that ``tools.export`` wrote, its logits."""
+        return self._forward_func
+
+    @forward_func.setter
+    def forward_func(self, function: Callable[..., Any]) -> None:
+        self._forward_func = ExportedLogits(function) if is_exported(function) else function
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied; the probe is repeated."""
+        return {**vars(self), "_probed": None}
+
+    def _attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Any = None,
+        inputs: tuple[Tensor, ...],
+        baselines: tuple[Tensor | int | float, ...],
         target: Any = None,
         additional_forward_args: Any = None,
         n_steps: int = 50,
         method: str = "gausslegendre",
-        internal_batch_size: int | None = None,
-        return_convergence_delta: bool = False,
-    ) -> Any:
-        """Captum's ``attribute``.
-
-        Captum's own code runs for several inputs, extra forward arguments, functions that are not modules, modules with
-        hooks, and targets other than one class for each example. Arguments, results and errors are Captum's.
-        """
-        jobs = None
-        if additional_forward_args is None:
-            jobs = self._jobs(inputs, baselines, target, n_steps, method)
-        explanations: list[Explanation] = []
-        if jobs is not None:
-            with contextlib.suppress(UnsupportedOutputError):
-                answers = self.engine.explain(jobs, internal_batch_size, with_delta=return_convergence_delta)
-                explanations = [answer for answer in answers if answer is not None]  # all: none can be cancelled
-        if not explanations:
-            return super().attribute(
-                inputs,
-                baselines,
-                target,
-                additional_forward_args,
-                n_steps,
-                method,
-                internal_batch_size,
-                return_convergence_delta,
+        step_sizes_and_alphas: tuple[list[float], list[float]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The attributions of Captum's ``attribute``, which checks the arguments, batches and adds the delta."""
+        gradients = None
+        if len(inputs) == 1 and additional_forward_args is None and self.gradient_func is compute_gradients:
+            gradients = self._mean_gradients(inputs[0], baselines[0], target, n_steps, method, step_sizes_and_alphas)
+        if gradients is None:
+            attributions: tuple[Tensor, ...] = super()._attribute(
+                inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas
             )
-        stacked = torch.stack([explanation.attributions for explanation in explanations])
-        attributions = (stacked,) if isinstance(inputs, tuple) else stacked
-        if not return_convergence_delta:
             return attributions
-        deltas = [e.convergence_delta for e in explanations if e.convergence_delta is not None]
-        return attributions, torch.stack(deltas)
+        return (gradients * (inputs[0] - baselines[0]) if self.multiplies_by_inputs else gradients,)
 
-    def _jobs(self, inputs: Any, baselines: Any, target: Any, n_steps: int, method: str) -> list[Job] | None:
-        """The jobs of a call with Captum's arguments; None if the engine does not accelerate it."""
-        formatted, starts = _format_input_baseline(inputs, baselines)
-        _validate_input(formatted, starts, n_steps, method)
-        images, start = formatted[0], starts[0]
-        if len(formatted) > 1 or not images.is_floating_point() or not _is_hookless_module(self.engine.network.module):
+    def _mean_gradients(
+        self,
+        images: Tensor,
+        start: Tensor | float,
+        target: Any,
+        n_steps: int,
+        method: str,
+        step_sizes_and_alphas: tuple[list[float], list[float]] | None,
+    ) -> Tensor | None:
+        """Weighted sums of gradients along the paths, shaped like ``images``; None if Captum's code has to run."""
+        function = self.forward_func
+        is_exported_file = isinstance(function, ExportedLogits)
+        module = function.module if isinstance(function, ExportedLogits) else function
+        if type(n_steps) is not int or n_steps < 2 - bool(step_sizes_and_alphas):
             return None
-        if isinstance(target, int):
-            targets = [target] * len(images)
-        elif isinstance(target, Tensor) and target.dim() <= 1 and not target.is_floating_point():
-            targets = target.reshape(-1).tolist()
-        elif isinstance(target, list) and all(isinstance(class_index, int) for class_index in target):
-            targets = list(target)
+        ends = plain_images(images, start) if is_plain_context(images) else None
+        if ends is None or not isinstance(module, torch.nn.Module) or why_not_plain(module, images):
+            return None
+        classes = self._count_classes(module, images, is_exported_file)
+        targets = rows_targets(target, len(images), classes, images.device)
+        if targets is None:
+            return None
+        if step_sizes_and_alphas is None:
+            rule = quadrature(method, n_steps)
         else:
+            step_sizes, alphas = step_sizes_and_alphas
+            rule = (
+                torch.tensor(alphas, dtype=torch.float64, device="cpu"),
+                torch.tensor(step_sizes, device="cpu").float(),
+            )
+        jobs = [Job(*ends_and_target, n_steps, method, rule=rule) for ends_and_target in zip(*ends, targets)]
+        # An engine of its own for each call: none waits for another, and it reads the weights as they are now.
+        network = Network(module, hoist=is_exported_file)
+        try:
+            explanations = AttributionEngine(network, self.max_rows, multiply_by_inputs=False).explain(
+                jobs, with_delta=False
+            )
+        except Exception as error:  # of the module's own; Captum's code raises it again
+            logger.info("the engine stopped with %r", error)
             return None
-        if len(targets) == 1:
-            targets *= len(images)
-        if len(targets) != len(images) or not targets or min(targets) < 0:
-            return None
-        images = images.detach()
-        if not isinstance(start, Tensor):
-            start = torch.full_like(images[:1], start)
-        start = start.detach().to(images).expand_as(images)
-        return [
-            Job(image, baseline, class_index, n_steps, method)
-            for image, baseline, class_index in zip(images, start, targets)
-        ]
+        return torch.stack([each.attributions for each in explanations if each is not None])
+
+    def _count_classes(self, module: torch.nn.Module, images: Tensor, is_exported_file: bool) -> int:
+        """Classes of a module whose rows are independent; 0 for any other."""
+        probed = self._probed
+        if probed is None or probed.state != ModuleState(module):
+            probed = self._probed = _Probed(module)
+        key = (images.shape[1:], images.dtype, images.device)
+        if key not in probed.classes:
+            try:
+                probed.classes[key] = count_classes(module, images[:1], is_exported_file)
+            except RowsError as error:
+                logger.info("Captum's code explains this module, because %s", error)
+                probed.classes[key] = 0
+        return probed.classes[key]
 
 
-def _is_hookless_module(function: Any) -> bool:
-    """Whether the function is a module in which no hook would see Captum's passes."""
-    if not isinstance(function, torch.nn.Module):
-        return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(module, name, None) for module in function.modules() for name in hooks)
+class _Probed:
+    """The probes of a module, valid until its state changes."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.state = ModuleState(module)
+        self.classes: dict[tuple[torch.Size, torch.dtype, torch.device], int] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classifier_network import Network, Rows
+from classifier_network import Network, Rows, split_fault
 from error_reasons import reason
 from load_errors import LoadError
 from torch import Tensor
@@ -96,10 +96,11 @@ def check_gradients(network: Network, file: Path, image_shape: Sequence[int], de
         device: of the network.
 
     Raises:
-        ClassifierError: they cannot be taken, are not finite, or are zero everywhere.
+        ClassifierError: they cannot be taken, are not finite, or are zero everywhere; or the stem is not affine.
     """
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
+        fault = split_fault(network.module, images) if network.hoists else ""
         features = network.stem(images)
         rows = Rows.like(features[:1], torch.float32, 2)
         rows.features.copy_(features)
@@ -108,6 +109,8 @@ def check_gradients(network: Network, file: Path, image_shape: Sequence[int], de
         gradients = [network.row_gradients(rows, any_paired) for any_paired in {False, network.has_mean_slopes}]
     except Exception as error:
         raise ClassifierError(f"{file} has no gradients ({reason(error)}); {ADVICE}") from None
+    if fault:
+        raise ClassifierError(f"{file} has a stem and a tail that cannot be used: {fault}; {ADVICE}")
     are_finite = all(each.isfinite().all() for each in gradients)
     if not are_finite or not any(each.any() for each in gradients):
         what = "zero everywhere" if are_finite else "not finite"

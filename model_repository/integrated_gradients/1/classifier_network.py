@@ -18,6 +18,8 @@ FLOAT16_GRADIENT_SCALE = 64.0
 # Nodes and weights on [0, 1] for means of the softmax's gradient. The error of a probability's change is 3e-7 where a
 # logit changes by 10 from one row to the next, and 2e-3 where it changes by 20.
 SOFTMAX_QUADRATURE = tuple(values.tolist() for values in quadrature("gausslegendre", 16))
+# Largest difference between values that a split makes, relative to the largest value: TF32 rounds by 1e-3.
+SPLIT_TOLERANCE = 1e-2
 # Passes on a side stream before a capture, as PyTorch's notes on CUDA graphs require.
 CAPTURE_WARMUPS = 3
 # Captured besides eighths of the largest: the default number of steps.
@@ -70,12 +72,16 @@ class Network:
         precision: dtype of the tail's passes over rows; None: the module's. With ``torch.float16`` (CUDA only) the stem
             and the sums stay float32.
         float64_stem: evaluate the stem in float64 where the module has ``stem_layers``.
+        hoist: use ``stem`` and ``tail`` where the module has them; ``split_fault`` says whether they are what they must
+            be.
     """
 
-    def __init__(self, module: Any, precision: torch.dtype | None = None, float64_stem: bool = True) -> None:
+    def __init__(
+        self, module: Any, precision: torch.dtype | None = None, float64_stem: bool = True, hoist: bool = True
+    ) -> None:
         self.module = module
         self.precision = precision
-        self.hoists = hasattr(module, "stem") and hasattr(module, "tail")
+        self.hoists = hoist and hasattr(module, "stem") and hasattr(module, "tail")
         self.has_mean_slopes = self.hoists and hasattr(module, "mean_slope_tail")
         self._row_module = module if precision is None else copy.deepcopy(module).to(precision)
         # A hoisted stem is evaluated so rarely that float64 costs nothing there. Most of a network's activations come
@@ -153,6 +159,24 @@ def _mean_softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
 
 class UnsupportedOutputError(Exception):
     """The network does not return one row of class scores for each image."""
+
+
+@torch.no_grad()
+def split_fault(module: Any, images: Tensor) -> str:
+    """Why a module's stem cannot be hoisted; empty if it can.
+
+    Args:
+        module: with ``stem`` and ``tail``.
+        images: two different ones, [2, ...].
+    """
+    features, between = module.stem(images), module.stem(images.lerp(images.flip(0), 0.3))
+    if not _is_near(between, features.lerp(features.flip(0), 0.3)):
+        return "its stem is not affine"
+    return "" if _is_near(module.tail(features), _logits(module(images))) else "it does not return tail(stem(images))"
+
+
+def _is_near(values: Tensor, reference: Tensor) -> bool:
+    return bool((values - reference).abs().max() <= SPLIT_TOLERANCE * reference.abs().max())
 
 
 def _logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -17,6 +17,9 @@ from torch import Tensor
 # A completeness gap is relative to the change of the output, but at least to this share of the sum of absolute
 # attributions: where large attributions cancel, the change itself is too small a scale.
 LEAST_CHANGE = 0.1
+# Rounding of logits in float32, relative to the largest: two passes over one image differ by this in batches of other
+# sizes, and so does the classifier's answer.
+ROUNDING = 4e-6
 
 
 @dataclass(eq=False)
@@ -130,7 +133,8 @@ class IntegrationPath:
         size = attributions.abs().sum()
         gap = attributions.sum() - change if self._multiply_by_inputs else torch.zeros_like(size)
         scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
-        norms = torch.stack((difference_map.norm(), attributions.norm(), gap.abs(), scale)).tolist()
+        gap = (gap.abs() - self._rounding).clamp_min(0)  # an image without anything to explain has no gap at all
+        norms = torch.stack((difference_map.norm(), attributions.norm(), gap, scale)).tolist()
         return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
 
     def explanation(self, with_delta: bool) -> Explanation:
@@ -157,16 +161,29 @@ class IntegrationPath:
         attributions = self._network.transposed_stem(gradients, images)
         return attributions * (self.image - self.job.baseline) if self._multiply_by_inputs else attributions
 
-    @cached_property
+    @property
     def _change(self) -> Tensor:
         """F(image) - F(baseline), a scalar."""
+        end, start = self._end_logits
+        return self.job.objective(end) - self.job.objective(start)
+
+    @property
+    def _rounding(self) -> Tensor:
+        """The part of the change that may be rounding, a scalar."""
+        job, logits = self.job, torch.stack(self._end_logits)
+        size = logits.abs().max()
+        return ROUNDING * size * (logits.softmax(dim=1)[:, job.classes].max() if job.probability else 1.0)
+
+    @cached_property
+    def _end_logits(self) -> tuple[Tensor, Tensor]:
+        """Logits [classes] of the image and of the baseline."""
         job = self.job
         end = None if job.stdevs else job.image_logits
         if end is None:
             end = self._network(self.image.unsqueeze(0))[0]
         if self.start.logits is None:
             self.start.logits = self._network(job.baseline.unsqueeze(0))[0]
-        return job.objective(end) - job.objective(self.start.logits)
+        return end, self.start.logits
 
 
 def place_end_points(
