@@ -98,7 +98,7 @@ def triton_on_path(tmp_path, prepared):
 PROBE_SECONDS = 2
 
 
-@pytest.mark.parametrize("entry", ["serve", "supervise"])
+@pytest.mark.parametrize("entry", [pytest.param("serve", marks=pytest.mark.slow), "supervise"])
 def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(triton_on_path, tmp_path, entry):
     ports, environment = triton_on_path
     with (tmp_path / "log").open("w") as log:

@@ -137,12 +137,11 @@ def job_of_one(module):
 @pytest.mark.parametrize(
     ("make", "has_mean_slopes"),
     [
-        (lambda: untrained("mobilenet_v2", 5), True),
-        (lambda: untrained("squeezenet1_1", 5), True),
-        (lambda: untrained("mobilenet_v3_small", 5), True),
-        (lambda: seeded(Grouped(5)), False),
+        pytest.param(lambda: untrained("mobilenet_v2", 5), True, id="mobilenet_v2", marks=pytest.mark.slow),
+        pytest.param(lambda: untrained("squeezenet1_1", 5), True, id="squeezenet1_1"),
+        pytest.param(lambda: untrained("mobilenet_v3_small", 5), True, id="mobilenet_v3_small"),
+        pytest.param(lambda: seeded(Grouped(5)), False, id="group normalisation"),
     ],
-    ids=["mobilenet_v2", "squeezenet1_1", "mobilenet_v3_small", "group normalisation"],
 )
 def test_discrete_gradients_where_every_operator_has_one(make, has_mean_slopes):
     module = torch.jit.script(build_served(make(), (3, 224, 224)))

@@ -25,6 +25,8 @@ KINDS = {
     "INVALID_ARGUMENT": RefusedError,
     "NOT_FOUND": RefusedError,
     "UNIMPLEMENTED": RefusedError,
+    "UNAUTHENTICATED": RefusedError,
+    "PERMISSION_DENIED": RefusedError,
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": TimedOutError,
 }

@@ -94,7 +94,7 @@ def answer_to(engine: AttributionEngine, image: torch.Tensor, **options) -> Leve
     )
 
 
-@pytest.mark.parametrize("method", ["gausslegendre", "riemann_trapezoid"])
+@pytest.mark.parametrize("method", ["gausslegendre", pytest.param("riemann_trapezoid", marks=pytest.mark.slow)])
 def test_levels_add_up_to_the_whole(served_module, method):
     engine = AttributionEngine(served_module)
     image = scene_pixels(0)
