@@ -243,15 +243,16 @@ class AsyncExplainClient:
             yield call.options(seconds)
 
         responses = self._connection.stream_infer(requests(), stream_timeout=seconds)
+        is_ended = False
         try:
             with self._told_of_closing():
                 async for result, error in responses:
                     if error is not None:
                         raise from_stream(error)
+                    is_ended = is_final(result)
                     yield result
-                    if is_final(result):
-                        return
-            raise cut_off_error()
+            if not is_ended:
+                raise cut_off_error()
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         finally:

@@ -263,15 +263,16 @@ class ExplainClient:
         requests = iter((message_of(call, seconds),))
         stub, headers = self._connection._client_stub, tuple(self._server.headers.items())
         responses = stub.ModelStreamInfer(requests, timeout=seconds, metadata=headers)
+        is_ended = False
         try:
             for response in responses:
                 if response.error_message:
                     raise from_stream(InferenceServerException(response.error_message))
                 result = triton.InferResult(response.infer_response)
+                is_ended = is_final(result)  # the server closes the stream next: Triton 2.51 may keep a cancelled one
                 yield result
-                if is_final(result):
-                    return
-            raise cut_off_error()
+            if not is_ended:
+                raise cut_off_error()
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         finally:
