@@ -136,7 +136,7 @@ def test_served_file_is_a_drop_in_too(served_module, eager_model_float64):
     from conftest import relative_distance, scene_pixels
 
     images = torch.stack([scene_pixels(0), scene_pixels(1)]).double()
-    options = {"target": [2, 5], "n_steps": 6, "return_convergence_delta": True}
+    options = {"target": [2, 5], "n_steps": 3, "return_convergence_delta": True}
     attributions, delta = IntegratedGradients(copy.deepcopy(served_module).double()).attribute(images, **options)
     expected, expected_delta = captum.attr.IntegratedGradients(eager_model_float64).attribute(images, **options)
     assert relative_distance(attributions, expected.detach()) <= 5e-5
@@ -158,6 +158,17 @@ def test_an_image_of_zeros_hides_no_dependence():
     ours, captums = IntegratedGradients(module), captum.attr.IntegratedGradients(module)
     for rows in (torch.zeros(1, 3), 1e-3 * ROWS, 30 * ROWS):
         assert_same(*(outcome(each, rows, {"target": 1, "n_steps": 6}) for each in (ours, captums)))
+
+
+def test_what_the_first_call_does_not_show_is_found_before_it_matters():
+    """Activations that are all off near the first image; and a threshold that only later images reach."""
+    for threshold in (2, 1e4):
+        for seed in range(12):
+            module = build("a threshold on the largest", seed)
+            module.before = lambda rows, threshold=threshold: torch.where(rows.max() > threshold, rows, rows.sin())
+            ours, captums = IntegratedGradients(module), captum.attr.IntegratedGradients(module)
+            for rows in (ROWS[:1], ROWS, 10 * threshold * ROWS):
+                assert_same(*(outcome(each, rows, {"target": 1, "n_steps": 6}) for each in (ours, captums)))
 
 
 OPTIONS = {

@@ -37,9 +37,9 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
     """``captum.attr.IntegratedGradients`` with its arguments, results and errors, faster where one tensor is explained.
 
     The engine takes the gradients if the function is a module in evaluation mode, without hooks, in float32 or float64,
-    whose rows are independent of each other: a probe of six rows checks it at the first call, and again for other
-    shapes and after changes to the module. Each image needs one class as its target. The stem of a file that
-    ``tools.export`` wrote is hoisted, and its logits are explained. Everything else is run by Captum's own code.
+    whose rows are independent of each other: a probe of nine rows checks it at the first call, and again for other
+    shapes and sizes of values and after changes to the module. Each image needs one class as its target. The stem of a
+    file that ``tools.export`` wrote is hoisted, and its logits are explained. Everything else is run by Captum's code.
 
     Args:
         forward_func: see Captum.
@@ -106,7 +106,7 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
         ends = plain_images(images, start) if is_plain_context(images) else None
         if ends is None or not isinstance(module, torch.nn.Module) or why_not_plain(module, images):
             return None
-        classes = self._count_classes(module, images, is_exported_file)
+        classes = self._count_classes(module, *ends, is_exported_file)
         targets = rows_targets(target, len(images), classes, images.device)
         if targets is None:
             return None
@@ -130,12 +130,13 @@ class IntegratedGradients(captum.attr.IntegratedGradients):
             return None
         return torch.stack([each.attributions for each in explanations if each is not None])
 
-    def _count_classes(self, module: torch.nn.Module, images: Tensor, is_exported_file: bool) -> int:
+    def _count_classes(self, module: torch.nn.Module, images: Tensor, start: Tensor, is_exported_file: bool) -> int:
         """Classes of a module whose rows are independent; 0 for any other."""
         probed = self._probed
         if probed is None or probed.state != ModuleState(module):
             probed = self._probed = _Probed(module)
-        key = (images.shape[1:], images.dtype, images.device)
+        size = torch.maximum(images.abs().max(), start.abs().max())
+        key = (images.shape[1:], images.dtype, images.device, int(size.clamp_min(1).log10()))
         if key not in probed.classes:
             try:
                 probed.classes[key] = count_classes(module, images[:1], is_exported_file)
@@ -150,4 +151,4 @@ class _Probed:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.state = ModuleState(module)
-        self.classes: dict[tuple[torch.Size, torch.dtype, torch.device], int] = {}
+        self.classes: dict[tuple[torch.Size, torch.dtype, torch.device, int], int] = {}

@@ -105,11 +105,12 @@ def why_not_plain(module: nn.Module, images: Tensor) -> str:
 def count_classes(module: nn.Module, image: Tensor, is_exported_file: bool = False) -> int:
     """The number of classes of a module whose rows are independent of each other and of earlier calls.
 
-    The module itself is not run, but a copy that shares its weights.
+    The module itself is not run, but a copy that shares its weights. Two rows near the image, each alone, must have the
+    values and gradients that they have among rows that are far larger, and beside one of NaN.
 
     Args:
         module: in evaluation mode, images [n, ...] -> scores [n, classes].
-        image: [1, ...], finite; the probe is near it.
+        image: [1, ...], finite.
         is_exported_file: see ``is_exported``; its stem is checked too.
 
     Raises:
@@ -117,19 +118,19 @@ def count_classes(module: nn.Module, image: Tensor, is_exported_file: bool = Fal
             decides by values; it does not return scores; or it fails.
     """
     scale, generator = image.abs().max().clamp_min(1), torch.Generator().manual_seed(0)
-    near, others = (scale * torch.randn(image.shape, generator=generator).to(image) for _ in range(2))
-    image = image + near  # zeros and other special values would hide a dependence
-    noise = OTHERS_SCALE * others
+    near, far = (scale * torch.randn(image.shape, generator=generator).to(image) for _ in range(2))
+    far = OTHERS_SCALE * far
+    # At the image itself, zeros or activations that are all off may hide a dependence.
+    rows = torch.cat((image + near, image - 10 * near))
     # Nothing is above a threshold together with NaN, and little else hides it.
-    batches = torch.cat((noise, image, -noise)), torch.cat((torch.full_like(image, torch.nan), image))
+    batches = (rows[:1], rows[1:], torch.cat((far, rows, -far)), torch.cat((torch.full_like(image, torch.nan), rows)))
     reads = _ValueReads()
     try:
         probe = copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
         before = ModuleState(probe, with_versions=True)
         with _random_numbers_kept(image.device), reads, torch.jit.optimized_execution(False):
-            alone, alone_gradients = _pass(probe, image, is_exported_file)
-            together = [_pass(probe, batch, is_exported_file) for batch in batches]
-        fault = split_fault(probe, torch.cat((image, noise))) if is_exported_file and hasattr(probe, "stem") else ""
+            passes = [_pass(probe, batch, is_exported_file) for batch in batches]
+        fault = split_fault(probe, torch.cat((image, far))) if is_exported_file and hasattr(probe, "stem") else ""
         is_unchanged = before == ModuleState(probe, with_versions=True)
     except RowsError:
         raise
@@ -141,15 +142,22 @@ def count_classes(module: nn.Module, image: Tensor, is_exported_file: bool = Fal
         raise RowsError("it changes with each call")
     if fault:
         raise RowsError(fault)
-    tolerance = CPU_TOLERANCE if image.device.type == "cpu" else OTHER_TOLERANCE
-    for values, gradients in together:
-        if values.shape[1] != alone.shape[1]:
-            raise RowsError("it returns another number of classes for another number of rows")
-        if not _near(values[1], alone[0], torch.inf, tolerance):
-            raise RowsError("a row's values depend on other rows")
-        if not _near(gradients[1], alone_gradients[0], 2, GRADIENT_TOLERANCE):
-            raise RowsError("a row's gradients depend on other rows")
-    return alone.shape[1]
+    _compare(passes[:2], passes[2:], CPU_TOLERANCE if image.device.type == "cpu" else OTHER_TOLERANCE)
+    return passes[0][0].shape[1]
+
+
+def _compare(alone: list[tuple[Tensor, Tensor]], together: list[tuple[Tensor, Tensor]], tolerance: float) -> None:
+    """Compare the values and gradients of rows alone with theirs in batches, where they begin at the second row."""
+    if len({values.shape[1] for values, _ in (*alone, *together)}) > 1:
+        raise RowsError("it returns another number of classes for another number of rows")
+    if not any(gradients.any() for _, gradients in alone):
+        raise RowsError("it has no gradients near the image, so that nothing can be compared")
+    for row, (values, gradients) in enumerate(alone):
+        for batch_values, batch_gradients in together:
+            if not _near(batch_values[1 + row], values[0], torch.inf, tolerance):
+                raise RowsError("a row's values depend on other rows")
+            if not _near(batch_gradients[1 + row], gradients[0], 2, GRADIENT_TOLERANCE):
+                raise RowsError("a row's gradients depend on other rows")
 
 
 def _pass(module: nn.Module, rows: Tensor, is_exported_file: bool) -> tuple[Tensor, Tensor]:
