@@ -286,8 +286,9 @@ def test_doctor_names_models_that_are_missing_or_not_ready(tmp_path):
 
 
 def resident_kb(process: subprocess.Popen) -> int:
+    """Resident memory of a process; 0 if it has ended."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
 
 
 @pytest.mark.slow

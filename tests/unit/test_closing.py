@@ -62,13 +62,18 @@ END = "print(time.monotonic(), flush=True)"
 MOST_SECONDS = 2.0
 
 
+def output_of(program: str, url: str) -> str:
+    """What a program prints."""
+    words = [sys.executable, "-c", f"{BEGIN}\n{program}", url]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
 def seconds_to_end(program: str, url: str) -> float:
     """Seconds from a program's last statement to the end of its process."""
-    words = [sys.executable, "-c", f"{BEGIN}\n{program}\n{END}", url]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    now = time.monotonic()
-    assert (result.returncode, result.stderr) == (0, "")
-    return now - float(result.stdout)
+    printed = output_of(f"{program}\n{END}", url)
+    return time.monotonic() - float(printed)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,14 @@ def test_programs_that_never_close_anything_end_at_once(programs: list[str]) -> 
     with scripted_server(0, Streaming) as (_, url), ThreadPoolExecutor(2) as pool:
         took = pool.map(lambda name: seconds_to_end(PROGRAMS[name], url), programs)
         assert [(name, seconds) for name, seconds in zip(programs, took) if seconds > MOST_SECONDS] == []
+
+
+def test_a_stream_has_no_threads_that_outlive_its_program() -> None:
+    """One that holds a lock as the interpreter ends would keep it from ending, now and then."""
+    threads = "import threading; print(*threading.enumerate())"
+    with scripted_server(0, Streaming) as (_, url):
+        printed = output_of(f"{PROGRAMS['several streams']}\n{threads}", url)
+    assert printed.count("Thread(") == 1, printed
 
 
 def test_closing_a_client_ends_its_streams() -> None:

@@ -12,7 +12,7 @@ import grpc
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from explain_client.connection import TLS, Url, connect
+from explain_client.connection import TLS, Url, connect, response_stream
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
 from explain_client.labels import names_labels, with_classes
@@ -260,9 +260,8 @@ class ExplainClient:
         A stream of tritonclient's own has a thread that keeps the interpreter from ending, and when it is cancelled it
         leaves another one waiting for ever.
         """
-        requests = iter((message_of(call, seconds),))
-        stub, headers = self._connection._client_stub, tuple(self._server.headers.items())
-        responses = stub.ModelStreamInfer(requests, timeout=seconds, metadata=headers)
+        infer, headers = response_stream(self._connection), tuple(self._server.headers.items())
+        responses = infer(message_of(call, seconds), timeout=seconds, metadata=headers)
         is_ended = False
         try:
             for response in responses:

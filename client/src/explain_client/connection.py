@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import grpc
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from grpc.experimental import ChannelOptions
+from tritonclient.grpc import service_pb2
 
 from explain_client.errors import UnavailableError
 
@@ -87,7 +89,9 @@ class Connection:
 
     def open(self) -> triton.InferenceServerClient:
         """A client; those of one connection share a channel's subchannels."""
-        return self._with_headers(triton.InferenceServerClient(**self._arguments()))
+        arguments = self._arguments()
+        arguments["channel_args"].append((ChannelOptions.SingleThreadedUnaryStream, 1))  # for response_stream
+        return self._with_headers(triton.InferenceServerClient(**arguments))
 
     def open_async(self) -> triton_aio.InferenceServerClient:
         """An asyncio client."""
@@ -103,6 +107,19 @@ class Connection:
         if self.headers:
             client.register_plugin(add_headers)
         return client
+
+
+def response_stream(client: triton.InferenceServerClient) -> grpc.UnaryStreamMultiCallable:
+    """The server's stream for one request, without threads of gRPC's.
+
+    As a stream of requests, which is the same on the wire, it has two. The interpreter may end while one of them holds
+    a lock that the stream's own end then waits for.
+    """
+    return client._channel.unary_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+    )
 
 
 def connect(
