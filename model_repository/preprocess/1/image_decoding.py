@@ -149,11 +149,9 @@ def _refusing(limits: ImageLimits) -> Iterator[None]:
     """Turn whatever Pillow raises into an ``ImageError``."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, while it opens the file
         raise ImageError(f"IMAGE has too many pixels; at most {limits.max_pixels} in all are allowed") from None
-    except ImageError:
-        raise
     except Exception as error:  # Pillow's readers raise whatever their parsers stumble over
         raise ImageError(f"IMAGE cannot be decoded: {str(error) or type(error).__name__:.200}") from None

@@ -7,6 +7,7 @@ segments or chunks. A file of a few megabytes can have millions of them and take
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 # Each scan of a progressive JPEG updates all its pixels. Encoders make about ten scans; 200 scans of 75 bytes each took
@@ -21,13 +22,11 @@ MOST_CHUNKS = 20_000
 
 # Any marker except those inside a scan: stuffed bytes, restarts and fill bytes.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_JPEG_START_OF_IMAGE, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN, _JPEG_APP1 = 0xD8, 0xD9, 0xDA, 0xE1
+_JPEG_START_OF_IMAGE, _JPEG_END_OF_IMAGE, JPEG_START_OF_SCAN, _JPEG_APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 # No JPEG file has them. libjpeg skips such a marker, but a parser that skips its length, too, misses what follows.
 _JPEG_RESERVED = range(0x01, 0xC0)
-
-
 # Codes of frames; what those are called that are not decoded (ITU-T T.81, table B.1).
-_JPEG_FRAMES = {
+JPEG_FRAMES = {
     **dict.fromkeys((0xC0, 0xC1, 0xC2, 0xC9, 0xCA), ""),
     **dict.fromkeys((0xC3, 0xCB), "lossless"),
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical"),
@@ -57,11 +56,25 @@ def check_structure(encoded: bytes) -> bool:
     return False
 
 
-def _check_jpeg(encoded: bytes) -> bool:
-    segments, exif_segments, position = 0, 0, 2
-    end, is_ended = len(encoded), False
+def jpeg_markers(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG file up to that of its end: their codes, and where what follows each of them begins.
+
+    A segment, which begins with two bytes of its length, follows all but the markers of start and end.
+    """
+    position = 2
     while marker := _JPEG_MARKER.search(encoded, position):
         code, position = marker[0][1], marker.end()
+        yield code, position
+        if code == _JPEG_END_OF_IMAGE:
+            return
+        if code != _JPEG_START_OF_IMAGE:
+            position += int.from_bytes(encoded[position : position + 2], "big")
+
+
+def _check_jpeg(encoded: bytes) -> bool:
+    segments, exif_segments = 0, 0
+    end, is_ended = len(encoded), False
+    for code, position in jpeg_markers(encoded):
         if code == _JPEG_END_OF_IMAGE:
             end, is_ended = position, True  # phones append videos and further pictures
             break
@@ -70,23 +83,21 @@ def _check_jpeg(encoded: bytes) -> bool:
         if code == _JPEG_START_OF_IMAGE:
             continue
         segments += 1
-        length = int.from_bytes(encoded[position : position + 2], "big")
-        if code in _JPEG_FRAMES:
+        if code in JPEG_FRAMES:
             _check_frame(code, encoded[position + 2 : position + 3])
         exif_segments += code == _JPEG_APP1 and encoded.startswith(b"Exif", position + 2)
         if segments > MOST_JPEG_SEGMENTS or exif_segments > MOST_EXIF_SEGMENTS:
             raise ImageError("IMAGE is a JPEG file of too many segments")
-        position += length
     # All scans in the bytes are counted: a decoder may find scans where this parser finds none.
-    if encoded.count(bytes((0xFF, _JPEG_START_OF_SCAN)), 0, end) > MOST_JPEG_SCANS:
+    if encoded.count(bytes((0xFF, JPEG_START_OF_SCAN)), 0, end) > MOST_JPEG_SCANS:
         raise ImageError(f"IMAGE is a JPEG file of over {MOST_JPEG_SCANS} scans")
     return not is_ended
 
 
 def _check_frame(code: int, bits: bytes) -> None:
     """Refuse a frame of a kind that is not decoded, by the code of its marker and its bits a sample."""
-    if _JPEG_FRAMES[code]:
-        raise ImageError(f"IMAGE is a {_JPEG_FRAMES[code]} JPEG file; baseline and progressive ones are decoded")
+    if JPEG_FRAMES[code]:
+        raise ImageError(f"IMAGE is a {JPEG_FRAMES[code]} JPEG file; baseline and progressive ones are decoded")
     if bits and bits[0] != 8:
         raise ImageError(f"IMAGE is a JPEG file of {bits[0]} bits a sample; those of 8 bits are decoded")
 
