@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from explain_client import web
+from explain_client import ExplainError, web
+from explain_client.options import UsageError
 from tools.classifiers.source import ExportError
 from tools.export import describe_served, ensure_exported
 from tools.server import EmbeddedServer, Ports
@@ -23,7 +24,7 @@ def main() -> None:
         print(f"serves {describe_served()}", flush=True)
         with EmbeddedServer(ports=Ports.free()) as server:
             sys.exit(web.main(["--url", server.grpc_url, "--port", str(arguments.port)]))
-    except (ServerError, ExportError) as error:
+    except (ServerError, ExportError, UsageError, ExplainError) as error:
         sys.exit(f"web: {error}")
     except KeyboardInterrupt:
         print("stopped")
