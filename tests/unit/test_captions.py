@@ -79,8 +79,3 @@ def test_strength_is_relative_to_the_run(share, pictures, said):
 )
 def test_percent_never_rounds_to_none_or_all(share, said):
     assert captions.percent(share) == said
-
-
-def test_a_class_without_a_known_label_is_named_by_its_number():
-    assert captions.name_of(3, PREDICTIONS) == "tabby"
-    assert captions.name_of(7, PREDICTIONS) == "class 7"

@@ -17,9 +17,8 @@ from explain_client.contact_sheet import ContactSheet
 from explain_client.errors import ExplainError
 from explain_client.images import DEFAULT_VIEW, View
 from explain_client.labels import class_of
-from explain_client.options import UsageError, connection_options, contract_parameters
+from explain_client.options import UsageError, connection_options, contract_parameters, refusing_usage
 from explain_client.output import Output, check_writable
-from explain_client.parameters import Parameters
 from explain_client.protocol import Wanted
 from explain_client.records import Record, read_record
 from explain_client.report import Report
@@ -36,27 +35,24 @@ async def explain_images(options: argparse.Namespace) -> int:
         UnavailableError: the server cannot be reached.
     """
     sources = _find_sources(options)
-    try:
+    with refusing_usage():
         client = AsyncExplainClient(timeout=options.timeout, **connection_options(options))
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
     async with client:
         await client.check()
-        target, parameters = await _with_classes(client, options)
-        made_with = {"target": target, **parameters}
-        left, kept = _sort_out(sources, made_with, _wanted(options)) if options.skip_existing else (sources, [])
+        asked = await _with_classes(client, options)
+        left, kept = _sort_out(sources, asked, _wanted(options)) if options.skip_existing else (sources, [])
         with contextlib.ExitStack() as stack:
             run_facts, view = Run(), DEFAULT_VIEW
             if options.report or options.contact_sheet:
-                run_facts, view = await describe_run(client, target, parameters), await _view(client)
+                run_facts, view = await describe_run(client, **asked), await _view(client)
             report = stack.enter_context(Report(options.report, view, run_facts)) if options.report else None
             sheet = ContactSheet(options.contact_sheet, view, run_facts) if options.contact_sheet else None
-            output = Output(options, made_with, report, stack.enter_context(sheet) if sheet else None)
+            output = Output(options, asked, report, stack.enter_context(sheet) if sheet else None)
             try:
                 for source, record in kept:
                     output.keep(source, record)
                 run = _stream if options.stream else _batch
-                await run(client, left, options, target, parameters, output)
+                await run(client, left, asked, options, output)
             except (KeyboardInterrupt, asyncio.CancelledError):
                 output.finish(len(sources))
                 raise
@@ -66,12 +62,11 @@ async def explain_images(options: argparse.Namespace) -> int:
 async def _batch(
     client: AsyncExplainClient,
     sources: Sequence[Source],
+    asked: dict[str, Any],
     options: argparse.Namespace,
-    target: int | None,
-    parameters: Parameters,
     output: Output,
 ) -> None:
-    outcomes = explain_all(client, sources, options.concurrency, target, options.top_k, _wanted(options), parameters)
+    outcomes = explain_all(client, sources, options.concurrency, top_k=options.top_k, want=_wanted(options), **asked)
     bar = tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
     with bar:
         async with contextlib.aclosing(outcomes):
@@ -83,17 +78,14 @@ async def _batch(
 async def _stream(
     client: AsyncExplainClient,
     sources: Sequence[Source],
+    asked: dict[str, Any],
     options: argparse.Namespace,
-    target: int | None,
-    parameters: Parameters,
     output: Output,
 ) -> None:
     """Image by image: the prediction at once, then a line for each level."""
     for source in sources:
         try:
-            responses = client.explain_stream(
-                source.read(), target=target, top_k=options.top_k, want=["heatmap"], **parameters
-            )
+            responses = client.explain_stream(source.read(), top_k=options.top_k, want=["heatmap"], **asked)
             first: Classification | None = None
             async for response in responses:
                 first = first or cast(Classification, response)
@@ -125,27 +117,25 @@ def _wanted(options: argparse.Namespace) -> list[Wanted]:
     return ["heatmap", "saliency"] if options.report or options.contact_sheet else ["heatmap"]
 
 
-async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace) -> tuple[int | None, Parameters]:
-    """Target and parameters with numbers for labels, and in the range of the server's classes."""
+async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace) -> dict[str, Any]:
+    """Target and parameters of each request, with numbers for labels, and in the range of the server's classes."""
     target, parameters = options.target, contract_parameters(options)
-    try:
+    with refusing_usage():
         if target is not None:
             target = class_of(target, await client.labels(), "--target")
         if "contrast" in parameters:
             parameters["contrast"] = class_of(parameters["contrast"], await client.labels(), "--contrast")
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return target, parameters
+    return {"target": target, **parameters}
 
 
 def _sort_out(
-    sources: Sequence[Source], made_with: dict[str, Any], wanted: Sequence[Wanted]
+    sources: Sequence[Source], asked: dict[str, Any], wanted: Sequence[Wanted]
 ) -> tuple[list[Source], list[tuple[Source, Record]]]:
     """The images that are left to explain, and those whose heatmaps of an earlier run are kept, with their records."""
     left, kept, others = [], [], 0
     for source in sources:
         record = read_record(source.heatmap) if source.is_older else None
-        if record is not None and record.options == made_with and record.has(wanted):
+        if record is not None and record.options == asked and record.has(wanted):
             kept.append((source, record))
         else:
             left.append(source)

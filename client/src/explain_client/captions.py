@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from pathlib import Path
 
-from explain_client.results import Prediction, label_of
+from explain_client.parameters import Polarity
+from explain_client.results import Prediction
 
-Polarity: TypeAlias = Literal["all", "positive", "negative", "absolute"]
 # Of the serving contract -> what the colours show. The signed view is the one that needs no explanation.
 POLARITIES: Mapping[Polarity, str] = {
     "all": "evidence for and against",
@@ -119,10 +119,9 @@ def strength(share: float, pictures: int, strongest: str) -> str:
     return f"{what} {percent(share)} as strong as in {strongest}, the strongest here"
 
 
-def name_of(index: int, predictions: tuple[Prediction, ...]) -> str:
-    """The label of a class if it is among the predictions, else its number, as a noun."""
-    label = label_of(index, predictions)
-    return f"class {label}" if label == str(index) else label
+def title(name: str) -> str:
+    """What a picture is called: the name of its file, without folders."""
+    return Path(name).name or name
 
 
 def percent(share: float) -> str:

@@ -10,8 +10,9 @@ from importlib.resources import files
 
 from PIL import Image
 
-from explain_client.captions import Caption, Polarity, percent
+from explain_client.captions import Caption, percent
 from explain_client.images import View, seen_box
+from explain_client.parameters import Polarity
 from explain_client.pictures import AGAINST, CONTRAST, EITHER, FOR, LIGHT_OUTSIDE, PAPER, SATURATION, STRONGEST_OPACITY
 from explain_client.results import Prediction
 

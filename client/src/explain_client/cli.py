@@ -16,7 +16,15 @@ from explain_client.batch import explain_images
 from explain_client.client import ExplainClient
 from explain_client.doctor import diagnose
 from explain_client.errors import ExplainError, UnavailableError
-from explain_client.options import VERSION, UsageError, add_server_options, connection_options, parse, parse_explain
+from explain_client.options import (
+    VERSION,
+    UsageError,
+    add_server_options,
+    connection_options,
+    parse,
+    parse_explain,
+    refusing_usage,
+)
 from explain_client.output import ALL_EXPLAINED, INTERRUPTED, NO_SERVER, RED, SOME_FAILED, WRONG_USAGE, paint
 
 
@@ -77,10 +85,8 @@ def _labels(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON array")
     add_server_options(parser)
     options = parse(parser, words)
-    try:
+    with refusing_usage():
         client = ExplainClient(**connection_options(options))
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
     with client:
         labels = client.labels()
     print(json.dumps(labels) if options.json else "\n".join(f"{index:5} {label}" for index, label in enumerate(labels)))

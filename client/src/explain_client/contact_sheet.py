@@ -74,15 +74,15 @@ class ContactSheet:
         picture = photograph(file)
         words = captions.caption(
             explanation.predictions,
-            self._run.explained_in(explanation),
+            explanation.explained_label,
             explanation.error_estimate,
             share_cut_away(picture.size, self._view),
-            self._run.contrast_in(explanation),
+            self._run.contrast_label,
             self._run.polarity,
         )
         picture.thumbnail(PICTURE)
         strength = pictures.strength(explanation.saliency)
-        self._entries.append(_Entry(Path(name).name or name, picture, explanation.saliency, words, strength))
+        self._entries.append(_Entry(captions.title(name), picture, explanation.saliency, words, strength))
 
     def draw(self) -> Image.Image:
         """The sheet, RGB."""

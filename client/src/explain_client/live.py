@@ -15,6 +15,7 @@ from explain_client import captions, cards, pictures
 from explain_client.client import ExplainClient
 from explain_client.errors import ExplainError
 from explain_client.images import View, photograph, share_cut_away
+from explain_client.parameters import Polarity
 from explain_client.report import Report
 from explain_client.results import Classification, Explanation, Level, Network
 from explain_client.run_facts import Run
@@ -42,7 +43,7 @@ class Question:
 class Style:
     """How all pictures are drawn. Another style takes no request."""
 
-    polarity: captions.Polarity = "all"
+    polarity: Polarity = "all"
     overlay: Overlay = "photograph"
 
 
@@ -157,17 +158,10 @@ class Session:
                     report.add(panel.name, panel.file, _explanation(panel.prediction, panel.level))
 
     def _run(self, question: Question, style: Style) -> Run:
-        target, contrast = question.target, question.contrast
-        return Run(
-            self.network,
-            target,
-            None if target is None else self.labels[target],
-            contrast,
-            None if contrast is None else self.labels[contrast],
-            {"tolerance": question.tolerance, "polarity": style.polarity},
-        )
+        asked = {"tolerance": question.tolerance, "polarity": style.polarity, "contrast": question.contrast}
+        return Run.of(self.network, self.labels, question.target, asked)
 
-    def _words(self, panel: Panel, polarity: captions.Polarity) -> captions.Caption:
+    def _words(self, panel: Panel, polarity: Polarity) -> captions.Caption:
         assert panel.picture is not None
         assert panel.prediction is not None
         contrast = panel.question.contrast if panel.question else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,15 @@ HELPS = {
 
 class UsageError(Exception):
     """The command cannot do what was asked for; nothing was sent."""
+
+
+@contextmanager
+def refusing_usage() -> Iterator[None]:
+    """Turn what a client says of its arguments into a ``UsageError``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

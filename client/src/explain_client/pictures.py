@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance
 
-from explain_client.captions import Polarity
 from explain_client.images import DEFAULT_VIEW, View, seen_box
+from explain_client.parameters import Polarity
 
 FloatArray = npt.NDArray[np.float32]
 

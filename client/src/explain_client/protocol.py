@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tritonclient.grpc as triton
-from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc._utils import _get_inference_request  # makes the message that tritonclient's calls send
 
@@ -26,6 +25,8 @@ TENSORS: Mapping[Wanted, str] = {"saliency": "SALIENCY", "attributions": "ATTRIB
 # The target that stands for the predicted class.
 PREDICTED_CLASS = -1
 ALL_CLASSES = 2**31 - 1  # Triton gives as many as there are
+# Where the image is of no account.
+_BLANK = np.zeros((8, 8, 3), np.uint8)
 _SCALARS = ("CONVERGENCE_DELTA", "N_STEPS", "ERROR_ESTIMATE")
 
 
@@ -80,16 +81,17 @@ def explain_call(
     if unknown:
         raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
     # Always with a target: by it the server knows early that gradients are wanted.
+    target = PREDICTED_CLASS if target is None else target
     inputs = [_image(image), triton.InferInput("TARGET", [1, 1], "INT64")]
-    inputs[1].set_data_from_numpy(np.array([[PREDICTED_CLASS if target is None else target]], np.int64))
+    inputs[1].set_data_from_numpy(np.array([[target]], np.int64))
     names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
     outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
-    return Call(model, inputs, outputs, as_sent(parameters), target is None or target == -1)
+    return Call(model, inputs, outputs, as_sent(parameters), target == PREDICTED_CLASS)
 
 
 def labels_call() -> Call:
-    """A request for the probabilities of all classes, with their labels; of what image does not matter."""
-    return classify_call(np.zeros((8, 8, 3), np.uint8), ALL_CLASSES)
+    """A request for the probabilities of all classes, with their labels."""
+    return classify_call(_BLANK, ALL_CLASSES)
 
 
 def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
@@ -141,8 +143,8 @@ def read_view(config: Any) -> View:
 
 
 def network_call() -> Call:
-    """A request for the network's name; its image is of no account."""
-    return Call(VIEW_MODEL, [_image(Image.new("RGB", (1, 1)))], [triton.InferRequestedOutput("NETWORK")], {})
+    """A request for the network's name."""
+    return Call(VIEW_MODEL, [_image(_BLANK)], [triton.InferRequestedOutput("NETWORK")], {})
 
 
 def read_network(result: triton.InferResult) -> Network:

@@ -40,8 +40,7 @@ class Report:
     def __init__(self, path: Path, view: View = DEFAULT_VIEW, run: Run | None = None) -> None:
         self._path, self._view, self._run = path, view, run or Run()
         self._started = datetime.now()
-        self._strengths: list[float] = []
-        self._strongest = ""  # its name
+        self._strengths: list[tuple[float, str]] = []  # with the titles of the images
         self._count = 0
         # Stands in an item for what depends on all strengths; no image can have it in its name.
         self._token = f"strength-{secrets.token_hex(8)}"
@@ -85,10 +84,8 @@ class Report:
         error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
         strength = pictures.strength(explanation.saliency)
         layer = pictures.colour_layer(explanation.saliency, strength, self._run.polarity)
-        if strength > max(self._strengths, default=-1.0):
-            self._strongest = _title(name)
         number = len(self._strengths)
-        self._strengths.append(strength)
+        self._strengths.append((strength, captions.title(name)))
         self._write(
             name,
             f'data-probability="{explanation.predictions[0].probability:.6f}" data-error="{error}" '
@@ -104,10 +101,10 @@ class Report:
         run, url = self._run, cards.jpeg_url(picture, cards.LONGEST_SIDE)
         words = captions.caption(
             explanation.predictions,
-            run.explained_in(explanation),
+            explanation.explained_label,
             explanation.error_estimate,
             share_cut_away(picture.size, self._view),
-            run.contrast_in(explanation),
+            run.contrast_label,
             run.polarity,
         )
         facts = [f"<b>{escape(words.accuracy)}</b>", f"{explanation.n_steps} gradient steps", cards.duration(took)]
@@ -137,17 +134,17 @@ class Report:
 
     def _write(self, name: str, data: str, content: str) -> None:
         attributes = f'data-number="{self._count}" data-name="{escape(name)}" {data}'
-        title = f'<h2 title="{escape(name)}">{escape(_title(name))}</h2>'
+        title = f'<h2 title="{escape(name)}">{escape(captions.title(name))}</h2>'
         self._items.write(" ".join(f"<article {attributes}>{title}{content}</article>".splitlines()) + "\n")
         self._count += 1
 
     def _with_strengths(self, item: str) -> str:
         """An item with its strength relative to the strongest of the run."""
-        strongest = max(self._strengths, default=0.0) or 1.0
+        strongest, title = max(self._strengths, key=lambda each: each[0], default=(0.0, ""))
 
         def replacement(match: re.Match[str]) -> str:
-            share = self._strengths[int(match[2])] / strongest
-            words = escape(captions.strength(share, len(self._strengths), self._strongest))
+            share = self._strengths[int(match[2])][0] / (strongest or 1.0)
+            words = escape(captions.strength(share, len(self._strengths), title))
             return f"{share:.4f}" if match[1] == "share" else words
 
         return re.sub(rf"{self._token}-(share|words)-(\d+)-", replacement, item)
@@ -158,8 +155,3 @@ class Report:
 
     def _style(self) -> str:
         return f":root {{ {cards.style(self._run.polarity)} }}\n{cards.stylesheet()}"
-
-
-def _title(name: str) -> str:
-    """A file's name without its folders."""
-    return Path(name).name or name

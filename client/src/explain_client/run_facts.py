@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from explain_client import captions
 from explain_client.aio import AsyncExplainClient
 from explain_client.errors import ExplainError
-from explain_client.results import Explanation, Network
+from explain_client.parameters import Polarity
+from explain_client.protocol import PREDICTED_CLASS
+from explain_client.results import Network
 
 # What the drawing of a page does not take from the parameters of the server's own heatmap files.
 _OF_HEATMAP_FILES = ("overlay", "polarity", "clip_percentile", "colormap")
@@ -22,20 +24,40 @@ class Run:
 
     Attributes:
         network: that was explained; None if the server does not say.
-        target, contrast: class to explain instead of the predicted one, and class to subtract; with their labels, if
-            they are known.
+        target_label: of the class to explain instead of the predicted one.
+        contrast, contrast_label: class to subtract.
         parameters: request parameters, as sent.
     """
 
     network: Network | None = None
-    target: int | None = None
     target_label: str | None = None
     contrast: int | None = None
     contrast_label: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, network: Network | None, labels: Sequence[str], target: int | None, parameters: Mapping[str, Any]
+    ) -> Run:
+        """Describe a run by its requests.
+
+        Args:
+            network: that was explained.
+            labels: of all classes.
+            target: class to explain; None or -1: the predicted one.
+            parameters: request parameters; ``contrast`` is a number.
+        """
+        contrast = parameters.get("contrast")
+        return cls(
+            network,
+            None if target is None or target == PREDICTED_CLASS else labels[target],
+            contrast,
+            None if contrast is None else labels[contrast],
+            parameters,
+        )
+
     @property
-    def polarity(self) -> captions.Polarity:
+    def polarity(self) -> Polarity:
         """Of the colours: the one that was asked for, else the signed view."""
         named = self.parameters.get("polarity", "all")
         return next((polarity for polarity in captions.POLARITIES if polarity == named), "all")
@@ -45,57 +67,26 @@ class Run:
         network = "the server does not name it"
         if self.network is not None:
             network = " · ".join(filter(None, (self.network.architecture, self.network.weights))) or "unnamed"
-        explained = "the class that the network predicted"
-        if self.target is not None:
-            explained = self.target_label or f"class {self.target}"
-        contrast = f"{explained} rather than {self._contrast}" if self._contrast else ""
+        explained = self.target_label or "the class that the network predicted"
+        if self.contrast_label:
+            explained = f"{explained} rather than {self.contrast_label}"
         sent = {name: value for name, value in self.parameters.items() if name not in (*_OF_HEATMAP_FILES, "contrast")}
         facts = {
             "Network": network,
             "Checksum": self.network.sha256 if self.network else "",
             "Date": f"{started:%d %B %Y, %H:%M}",
-            "Explained": contrast or explained,
+            "Explained": explained,
             "Colours": captions.POLARITIES[self.polarity],
             "Parameters": ", ".join(f"{name} = {value}" for name, value in sent.items()) or "the server's defaults",
         }
         return {what: words for what, words in facts.items() if words}
 
-    @property
-    def _contrast(self) -> str | None:
-        return None if self.contrast is None else self.contrast_label or f"class {self.contrast}"
 
-    def contrast_in(self, explanation: Explanation) -> str | None:
-        """The label of the class that was subtracted."""
-        if self.contrast is None:
-            return None
-        return self.contrast_label or captions.name_of(self.contrast, explanation.predictions)
-
-    def explained_in(self, explanation: Explanation) -> str:
-        """The label of the class that was explained."""
-        if explanation.explained_class == self.target and self.target_label:
-            return self.target_label
-        return captions.name_of(explanation.explained_class, explanation.predictions)
-
-
-async def describe_run(client: AsyncExplainClient, target: int | None, parameters: Mapping[str, Any]) -> Run:
-    """Ask the server what a run's report says of it; what the server does not tell stays open.
-
-    Args:
-        client: of the run.
-        target: class to explain; None or -1: the predicted one.
-        parameters: request parameters; ``contrast`` is a number.
-    """
+async def describe_run(client: AsyncExplainClient, target: int | None, **parameters: Any) -> Run:
+    """Ask the server what a run's report says of it; what the server does not tell stays open. Arguments of ``of``."""
     try:
         network = await client.network()
     except ExplainError:  # a server of another version of the model repository
         network = None
-    target, contrast = None if target == -1 else target, parameters.get("contrast")
-    labels = await client.labels() if target is not None or contrast is not None else ()
-    return Run(
-        network,
-        target,
-        None if target is None else labels[target],
-        contrast,
-        None if contrast is None else labels[contrast],
-        parameters,
-    )
+    labels = () if target is None and "contrast" not in parameters else await client.labels()
+    return Run.of(network, labels, target, parameters)

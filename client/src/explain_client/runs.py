@@ -10,11 +10,10 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from explain_client.aio import AsyncExplainClient
 from explain_client.errors import ExplainError
-from explain_client.parameters import Parameters
-from explain_client.protocol import Wanted
 from explain_client.results import Explanation
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -124,12 +123,16 @@ async def explain_all(
     client: AsyncExplainClient,
     sources: Iterable[Source],
     concurrency: int,
-    target: int | None,
-    top_k: int,
-    want: Sequence[Wanted],
-    parameters: Parameters,
+    **asked: Any,
 ) -> AsyncGenerator[Outcome, None]:
-    """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes."""
+    """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes.
+
+    Args:
+        client: asks the server.
+        sources: the images.
+        concurrency: requests in flight.
+        asked: arguments of ``AsyncExplainClient.explain``.
+    """
 
     clock = SharedClock()
 
@@ -138,7 +141,7 @@ async def explain_all(
         entered = clock.enter()
         try:
             file = source.read()
-            explanation = await client.explain(file, target=target, top_k=top_k, want=want, **parameters)
+            explanation = await client.explain(file, **asked)
         except (ExplainError, OSError) as error:
             failure = error
         return Outcome(source, file, explanation, failure, 1e3 * clock.leave(entered))

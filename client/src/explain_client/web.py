@@ -20,7 +20,8 @@ from explain_client import captions, cards
 from explain_client.client import ExplainClient
 from explain_client.errors import ExplainError
 from explain_client.live import OVERLAYS, Question, Session, Style
-from explain_client.options import UsageError, add_server_options, connection_options, parse
+from explain_client.options import UsageError, add_server_options, connection_options, parse, refusing_usage
+from explain_client.parameters import Polarity
 from explain_client.results import Network
 
 LOOPBACK, DEFAULT_PORT = "127.0.0.1", 7860
@@ -47,11 +48,9 @@ def main(words: Sequence[str]) -> int:
         import gradio  # noqa: F401
     except ImportError as error:
         raise UsageError(f"the page needs Gradio ({error}): pip install 'explain-client[web]'") from None
-    try:
-        connected = ExplainClient(**connection_options(options))
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
-    with connected as client:
+    with refusing_usage():
+        client = ExplainClient(**connection_options(options))
+    with client:
         page = Page(client)
         try:
             listening = socket.create_server((LOOPBACK, options.port))
@@ -96,7 +95,7 @@ class Page:
         app = FastAPI()
 
         @app.get("/report/{key}", response_class=HTMLResponse)
-        def report(key: str, polarity: captions.Polarity = "all") -> Any:
+        def report(key: str, polarity: Polarity = "all") -> Any:
             session = self._sessions.get(key)
             if session is None:
                 raise HTTPException(404, "this page was closed long ago")
@@ -189,7 +188,7 @@ class Page:
             target: int,
             contrast: int,
             tolerance: str,
-            polarity: captions.Polarity,
+            polarity: Polarity,
             overlay: Any,
         ) -> Iterator[list[str]]:
             session = self._session(key)
@@ -200,7 +199,7 @@ class Page:
 
         return explain
 
-    def _redraw(self, key: str, polarity: captions.Polarity, overlay: Any) -> list[str]:
+    def _redraw(self, key: str, polarity: Polarity, overlay: Any) -> list[str]:
         """Both panels and the link to the report, from what is known: no request is made."""
         session = self._session(key)
         link = ""
