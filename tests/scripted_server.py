@@ -49,6 +49,13 @@ class Streaming(Scripted):
         _wait(context)
 
 
+class CutOff(Streaming):
+    """Ends each stream after the prediction, which is not its last response."""
+
+    def ModelStreamInfer(self, requests, context):  # noqa: N802
+        yield next(super().ModelStreamInfer(requests, context))
+
+
 def _wait(context):
     while context.is_active():
         time.sleep(0.02)

@@ -5,9 +5,9 @@ import threading
 import time
 
 import pytest
-from scripted_server import Guarded, Tied, scripted_server
+from scripted_server import CutOff, Guarded, Tied, scripted_server
 
-from explain_client import AsyncExplainClient, ExplainClient, RefusedError
+from explain_client import AsyncExplainClient, ExplainClient, ExplainError, RefusedError
 from explain_client.many import AHEAD, in_order, in_order_async
 
 
@@ -46,6 +46,19 @@ def test_classes_have_their_labels_whatever_is_predicted():
     for answer in answers:
         assert (answer.explained_class, answer.explained_label) == (2, "cross")
         assert answer.predictions[0].label == "star"
+
+
+def test_a_stream_without_a_last_response_is_an_error():
+    async def read(url: str) -> None:
+        async with AsyncExplainClient(url) as client:
+            async for _ in client.explain_stream(b"image"):
+                pass
+
+    with scripted_server(0, CutOff) as (_, url):
+        with ExplainClient(url) as client, pytest.raises(ExplainError, match="before its last response"):
+            list(client.explain_stream(b"image"))
+        with pytest.raises(ExplainError, match="before its last response"):
+            asyncio.run(read(url))
 
 
 def test_headers_go_with_every_call_and_a_missing_token_is_no_reason_to_retry(monkeypatch):
@@ -138,3 +151,24 @@ def test_calls_in_flight_and_items_taken_ahead_are_bounded(is_async):
     assert found == list(range(40))
     assert counted.most == 3
     assert ahead <= AHEAD * 3
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_result_is_given_as_soon_as_it_is_there(is_async):
+    """While items are slow to come, as photographs from a disk are."""
+    taken = []
+
+    def items():
+        for item in range(AHEAD):
+            taken.append(item)
+            time.sleep(0.05)
+            yield item
+
+    async def call(item: int) -> int:
+        return item
+
+    if is_async:
+        assert asyncio.run(anext(in_order_async(call, items(), 1))) == 0
+    else:
+        assert next(in_order(int, items(), 1)) == 0
+    assert len(taken) <= 2

@@ -52,6 +52,7 @@ async def in_order_async(
     try:
         for item in items:
             results.append(asyncio.create_task(call_in_turn(item)))
+            await asyncio.sleep(0)  # else no call begins before AHEAD items are taken
             while results and (len(results) >= AHEAD * concurrency or results[0].done()):
                 yield await results.popleft()
         while results:
