@@ -19,7 +19,7 @@ from image_structure import (
     ImageError,
     check_structure,
 )
-from malformed_images import png_of_size, webp_of_chunks, with_segments
+from malformed_images import jpeg_of_frame, png_of_size, webp_of_chunks, with_segments
 from PIL import Image, ImageCms
 
 START, END = b"\xff\xd8", b"\xff\xd9"
@@ -164,3 +164,9 @@ def test_files_of_many_segments_or_chunks_are_refused_before_they_are_opened():
         check_structure(file(most // 2))
         with pytest.raises(ImageError, match=r"too many segments|of over 20000 chunks"):
             check_structure(file(2 * most))
+
+
+@pytest.mark.parametrize(("code", "bits", "message"), [(0xC1, 12, "12 bits a sample"), (0xC3, 8, "lossless")])
+def test_frames_that_are_not_decoded_are_refused(code: int, bits: int, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        check_structure(jpeg_of_frame(photograph("JPEG"), code, bits))
