@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Gradients of a ReLU network are many jumps. For a jump at a random place in an interval, |trapezoid - midpoint| is
 # half an interval, and the error of their mean is sqrt(1/48): 1/sqrt(12) of it. The rest is margin, see README.md.
-ERROR_PER_DIFFERENCE = 1.07 / math.sqrt(12)
+ERROR_PER_DIFFERENCE = 1.3 / math.sqrt(12)
 FIRST_PANELS = 3
 # The fewest gradients of a rule that estimates its own error.
 LEAST_STEPS = 3
