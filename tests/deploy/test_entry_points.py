@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,19 +46,40 @@ def test_the_container_starts_triton_with_the_embedded_servers_options(repositor
     assert keys[0][1] != keys[1][1]
 
 
+OTHER_USER = 1000
+# Linux's numbers of the capability to change what another user owns, and of the operation that gives one up.
+CAP_FOWNER, PR_CAPBSET_DROP = 3, 24
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A repository as the container's service `prepare` makes it."""
-    repository = tmp_path_factory.mktemp("models")
-    result = run(
-        sys.executable,
-        "-m",
-        "tools.deploy.prepare",
-        cwd=ROOT,
-        env={**os.environ, "MODEL_REPOSITORY": str(repository), "WEIGHTS": "shapes"},
-    )
-    assert result.returncode == 0, result.stderr
-    return repository
+def prepared():
+    """A repository as `prepare` makes it in a volume that it may write into and that belongs to another user.
+
+    Such is Kubernetes' `emptyDir` with `fsGroup`. If the tests do not run as root, the volume belongs to this user.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        volume = Path(folder) / "models"
+        volume.mkdir()
+        if os.geteuid() == 0:
+            os.chown(volume, OTHER_USER, -1)
+        volume.chmod(0o2777)
+        result = run(
+            sys.executable,
+            "-m",
+            "tools.deploy.prepare",
+            cwd=ROOT,
+            env={**os.environ, "MODEL_REPOSITORY": str(volume), "WEIGHTS": "shapes"},
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_FOWNER, 0, 0, 0),
+        )
+        assert result.returncode == 0, result.stderr
+        yield volume
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_the_volume_of_the_models_may_belong_to_another_user(prepared):
+    assert prepared.stat().st_uid == OTHER_USER
+    assert (prepared / "classifier" / "1" / "model.pt").stat().st_uid == os.geteuid()
+    assert (prepared / "explain" / "config.pbtxt").is_file()
 
 
 def test_preparing_what_cannot_be_says_so(tmp_path):
