@@ -27,7 +27,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.triton.options import ADMIN_HEADER, ENVIRONMENT, LOCALHOST, SettingError, server_options
+from tools.triton.options import (
+    ADMIN_HEADER,
+    LOCALHOST,
+    SettingError,
+    describe_threads,
+    server_environment,
+    server_options,
+)
 from tools.triton.options import Ports as Ports
 from tools.triton.process import ServerError, TritonProcess
 from tools.triton.supervisor import Watch, stop_on_signals, supervise
@@ -136,8 +143,7 @@ class EmbeddedServer(TritonProcess):
             *self.options,
         ]
         environment = {
-            **ENVIRONMENT,
-            **os.environ,
+            **server_environment(os.environ),
             # The stub takes its environment from the first python3 on PATH.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
@@ -220,6 +226,7 @@ def main() -> None:
             print(f"HTTP     http://{server.http_url}")
             print(f"metrics  {server.metrics_url}")
             print(f"log      {server.log_file}")
+            print(f"threads  {describe_threads(os.environ)}")
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
             watch = Watch(probe_seconds=arguments.probe_seconds, most_restarts=arguments.most_restarts)

@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from cpu_quota import CpuShare
 from programs import run
 
 from tools.deploy.serve import command
+from tools.deploy.supervise import ContainerServer
 from tools.paths import ROOT
 from tools.probe import ProbeError, probe
 from tools.server import EmbeddedServer, Ports
-from tools.triton.options import SettingError, server_options
+from tools.triton.options import SettingError, describe_threads, server_environment, server_options
 
 
 @pytest.mark.parametrize(
@@ -30,11 +32,22 @@ from tools.triton.options import SettingError, server_options
         ({"GRPC_PORT": "x"}, "GRPC_PORT"),
         ({"ADMIN_KEY_FILE": "/nowhere"}, "ADMIN_KEY_FILE"),
         ({"MODEL_REPOSITORY": "/nowhere"}, "/nowhere"),
+        ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, names, repository):
     with pytest.raises(SettingError, match=names):
-        command({"MODEL_REPOSITORY": str(repository), **settings})
+        ContainerServer({"MODEL_REPOSITORY": str(repository), **settings})
+
+
+@pytest.mark.parametrize("setting", [{}, {"OMP_NUM_THREADS": ""}])
+def test_triton_computes_with_the_threads_that_the_quota_allows_unless_they_are_set(setting, monkeypatch):
+    monkeypatch.setattr("tools.triton.options.cpu_share", lambda: CpuShare(64, 4.5))
+    environment = server_environment({"KEY": "value", **setting})
+    assert environment == {"KEY": "value", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "4"}
+    assert describe_threads(setting) == "4 for each model: 64 cores, of which a quota allows 4.5"
+    assert server_environment({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert describe_threads({"OMP_NUM_THREADS": "3"}) == "3 for each model: OMP_NUM_THREADS is set"
 
 
 def test_the_container_starts_triton_with_the_embedded_servers_options(repository):
@@ -128,7 +141,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
         process = subprocess.Popen(
             [sys.executable, "-m", f"tools.deploy.{entry}", "--log-info=false"],
             cwd=ROOT,
-            env={**environment, "MODELS": "classify", "PROBE_SECONDS": str(PROBE_SECONDS)},
+            env={**environment, "MODELS": "classify", "PROBE_SECONDS": str(PROBE_SECONDS), "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -145,6 +158,7 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
         with pytest.raises(ProbeError, match="explain answers 404"):
             probe("127.0.0.1", ports.http, "explain")
         assert "Started HTTPService" not in (tmp_path / "log").read_text()  # as the further option asks
+        assert f"{entry}: threads 1 for each model" in (tmp_path / "log").read_text()
         if entry == "supervise":  # it must find the server healthy
             time.sleep(3 * PROBE_SECONDS)
             assert "restart" not in (tmp_path / "log").read_text()

@@ -13,6 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+from cpu_quota import threads
+
 from tools.classifiers.loading import load_source
 from tools.classifiers.preprocessing import OPTIONS, Overrides
 from tools.classifiers.source import ExportError
@@ -24,12 +27,13 @@ def main() -> None:
     weights = os.environ.get("WEIGHTS") or "lite0"
     labels = os.environ.get("LABELS")
     try:
+        torch.set_num_threads(threads())
         overrides = Overrides.read({name: os.environ.get(name.upper(), "").split() for name in OPTIONS})
         architecture = os.environ.get("ARCH") or "resnet18"
         source = load_source(weights, architecture, Path(labels) if labels else None, overrides)
         copy_models(repository)
         export(source, repository)
-    except (ExportError, OSError) as error:
+    except (ExportError, OSError, ValueError) as error:
         sys.exit(f"prepare: {error}")
     print(f"{repository} serves {weights}")
 

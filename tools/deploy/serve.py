@@ -1,8 +1,8 @@
 """The container's entry point: ``python3 -m tools.deploy.serve`` becomes Triton.
 
 Settings come from the environment: MODEL_REPOSITORY (/models), MODELS (all, or classify alone), HOST (0.0.0.0),
-HTTP_PORT, GRPC_PORT, METRICS_PORT (8000, 8001, 8002), STOP_SECONDS (30), ADMIN_KEY or ADMIN_KEY_FILE. Arguments are
-further options of ``tritonserver``.
+HTTP_PORT, GRPC_PORT, METRICS_PORT (8000, 8001, 8002), STOP_SECONDS (30), ADMIN_KEY or ADMIN_KEY_FILE, OMP_NUM_THREADS
+(threads of each model; by the CPU quota). Arguments are further options of ``tritonserver``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.triton.options import ENVIRONMENT, Ports, SettingError, server_options, whole_number
+from tools.triton.options import (
+    Ports,
+    SettingError,
+    describe_threads,
+    server_environment,
+    server_options,
+    whole_number,
+)
 
 # The models of a server that only predicts.
 CLASSIFYING = ("preprocess", "classifier", "classify")
@@ -62,11 +69,11 @@ def _admin_key(settings: Mapping[str, str]) -> str:
 def main() -> None:
     try:
         words = command(os.environ)
+        environment = server_environment(os.environ)
+        print(f"serve: threads {describe_threads(os.environ)}", flush=True)
     except SettingError as error:
         sys.exit(f"serve: {error}")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.execvp(words[0], [*words, *sys.argv[1:]])
+    os.execvpe(words[0], [*words, *sys.argv[1:]], environment)
 
 
 if __name__ == "__main__":

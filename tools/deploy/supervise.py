@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from tools.deploy.serve import command, stop_seconds
 from tools.probe import served_model
-from tools.triton.options import ENVIRONMENT, LOCALHOST, Ports, SettingError, whole_number
+from tools.triton.options import LOCALHOST, Ports, SettingError, describe_threads, server_environment, whole_number
 from tools.triton.process import ServerError, TritonProcess
 from tools.triton.supervisor import Watch, stop_on_signals, supervise
 
@@ -34,22 +34,26 @@ class ContainerServer(TritonProcess):
 
     def __init__(self, settings: Mapping[str, str], options: Sequence[str] = ()) -> None:
         self._words = [*command(settings), *options]
+        self._environment = server_environment(settings)
         super().__init__(LOCALHOST, Ports.from_settings(settings), START_SECONDS, stop_seconds(settings))
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        environment = {**ENVIRONMENT, **os.environ}
-        return subprocess.Popen([*self._words, self.region_option], env=environment, start_new_session=True)
+        return subprocess.Popen([*self._words, self.region_option], env=self._environment, start_new_session=True)
 
 
 def main() -> None:
+    def say(message: str) -> None:
+        print(f"supervise: {message}", flush=True)
+
     stop_on_signals()
     try:
+        say(f"threads {describe_threads(os.environ)}")
         watch = Watch(
             probe_seconds=whole_number(os.environ, "PROBE_SECONDS", 4),
             model=served_model(os.environ),
         )
         with ContainerServer(os.environ, sys.argv[1:]) as server:
-            supervise(server, watch, say=lambda message: print(f"supervise: {message}", flush=True))
+            supervise(server, watch, say)
     except (SettingError, ServerError) as error:
         sys.exit(f"supervise: {error}")
     except KeyboardInterrupt:
