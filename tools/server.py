@@ -52,6 +52,7 @@ class EmbeddedServer(TritonProcess):
         start_seconds: how long the models may take to load.
         stop_seconds: how long requests in flight may take to finish when it stops.
         options: further options of ``tritonserver``.
+        host: address of this machine to listen on.
 
     Raises:
         ServerError: on entering, when it cannot start.
@@ -65,23 +66,24 @@ class EmbeddedServer(TritonProcess):
         start_seconds: float = 180,
         stop_seconds: int = 30,
         options: Sequence[str] = (),
+        host: str = LOCALHOST,
     ) -> None:
-        super().__init__(LOCALHOST, ports, start_seconds, stop_seconds)
+        super().__init__(host, ports, start_seconds, stop_seconds)
         self.repository, self.log_file, self.options = repository, log_file, options
         self.log_hint = f"; see {log_file}"
         self._admin_key = secrets.token_urlsafe(32)
 
     @property
     def http_url(self) -> str:
-        return f"{LOCALHOST}:{self.ports.http}"
+        return f"{self.host}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{LOCALHOST}:{self.ports.grpc}"
+        return f"{self.host}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{LOCALHOST}:{self.ports.metrics}/metrics"
+        return f"http://{self.host}:{self.ports.metrics}/metrics"
 
     @property
     def http_admin_headers(self) -> dict[str, str]:
@@ -112,7 +114,7 @@ class EmbeddedServer(TritonProcess):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((LOCALHOST, port))
+                    probe.bind((self.host, port))
                 except OSError as error:
                     raise ServerError(
                         f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
@@ -139,7 +141,7 @@ class EmbeddedServer(TritonProcess):
             f"--backend-directory={_assemble_backends(server, folder)}",
             self.region_option,
             "--model-control-mode=none",
-            *server_options(self.repository, LOCALHOST, self.ports, self._admin_key, self.stop_seconds),
+            *server_options(self.repository, self.host, self.ports, self._admin_key, self.stop_seconds),
             *self.options,
         ]
         environment = {
