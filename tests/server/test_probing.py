@@ -1,15 +1,21 @@
 """The health check, on the live server."""
 
+import os
+import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from conftest import encode, scene_image
-from live_server import infer, rows_passed
+from live_server import infer, rows_passed, stub
 
+from tools.bench.load import jpeg_images
+from tools.bench.overload import open_loop, with_settings
 from tools.probe import NoAnswerError, ProbeError, probe, probe_patiently, read_metrics
+from tools.server import EmbeddedServer, Ports
 from tools.triton.supervisor import Watch, trouble
 
 
@@ -79,3 +85,40 @@ def test_a_server_that_its_supervisor_alone_asks_has_explained_nothing(server, t
     after = grown(before)
     assert not [name for name in after if "_probes_total" in name]
     assert any(name.startswith("integrated_gradients_explanations_total") for name in after)
+
+
+@pytest.mark.slow
+def test_overload_is_no_reason_to_be_unready_and_gradients_that_hang_are(tmp_path):
+    """Ten times what the server can do; then, still under load, its gradients' process is stopped."""
+    repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5)
+    with EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log") as server:
+        images, parameters = jpeg_images(), {"n_steps": 50}
+
+        def ready(patiently: bool = True) -> str:
+            """What the probe says; empty if the server is ready."""
+            try:
+                if patiently:
+                    probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics, seconds=4)
+                else:
+                    probe("127.0.0.1", server.ports.http, seconds=4)
+                return ""
+            except ProbeError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(1) as pool:
+            load = pool.submit(open_loop, server.grpc_url, images, 8, 60, parameters)
+            time.sleep(8)  # until it is full
+            told = [(ready(), ready(patiently=False)) for _ in range(4)]
+            hanging = stub(server.process.pid, "integrated_gradients")
+            os.kill(hanging, signal.SIGSTOP)
+            try:
+                unready = [ready() for _ in range(2)]
+            finally:
+                os.kill(hanging, signal.SIGCONT)
+            outcomes = load.result()
+        print(
+            f"answered {len(outcomes.accepted)} of {outcomes.offered}; without patience: {[each for _, each in told]}"
+        )
+        assert [each for each, _ in told] == [""] * 4
+        assert len(outcomes.accepted) < outcomes.offered / 4
+        assert "integrated_gradients makes no progress" in unready[-1]
