@@ -13,9 +13,9 @@ import pytest
 from conftest import encode, scene_image
 from name_server import name_server
 
-from explain_client import ExplainClient, ExplainError
+from explain_client import Classification, ExplainClient, ExplainError, Level
 from tools.deploy import drain as draining
-from tools.deploy.drain import POLL_SECONDS, drain
+from tools.deploy.drain import POLL_SECONDS, STUCK_SECONDS, drain
 from tools.paths import ROOT
 from tools.probe import NoAnswerError, ProbeError, leaving_file
 from tools.server import EmbeddedServer, Ports
@@ -77,11 +77,18 @@ def test_an_idle_server_waits_until_its_connections_have_ended(monkeypatch, cloc
 
 
 def test_it_does_not_wait_for_ever_nor_for_a_server_that_is_gone(monkeypatch, clock):
-    metrics(monkeypatch, (5, 1))
+    metrics(monkeypatch, *((number, 1) for number in range(1000)))
     assert not drain(PORTS, age_seconds=20, most_seconds=60)
     assert clock[0] - 1000 == pytest.approx(60, abs=POLL_SECONDS)
     metrics(monkeypatch, ProbeError("refused"))
     assert drain(PORTS, age_seconds=20, most_seconds=60)
+
+
+@pytest.mark.parametrize("reading", [(5, 1), NoAnswerError("late")], ids=["waiting", "silent"])
+def test_a_server_that_hangs_is_not_waited_for(monkeypatch, clock, reading):
+    metrics(monkeypatch, (4, 0), reading)
+    assert not drain(PORTS, age_seconds=20, most_seconds=240)
+    assert clock[0] - 1000 == pytest.approx(STUCK_SECONDS, abs=3 * POLL_SECONDS)
 
 
 @pytest.mark.parametrize(("kind", "status"), [("--ready", 1), ("--patient", 0)])
@@ -96,6 +103,10 @@ def test_a_server_that_drains_is_alive_and_not_ready_and_gets_no_requests_of_pro
         assert ("about to be stopped" in result.stderr) == bool(status)
     finally:
         leaving_file(port).unlink()
+
+
+def ended_well(responses: list[Classification | Level]) -> bool:
+    return isinstance(responses[-1], Level) and responses[-1].is_last
 
 
 # Of the servers' connections; the client looks names up as often. Seconds.
@@ -130,7 +141,7 @@ def test_a_server_that_leaves_loses_no_request_and_no_stream(repository, tmp_pat
                     elif kind == "explain":
                         client.explain(image, n_steps=10)
                     else:
-                        assert list(client.explain_stream(image, n_steps=20))[-1].is_last
+                        assert ended_well(list(client.explain_stream(image, n_steps=20)))
                     done[kind] += 1
                 except ExplainError as error:
                     failures.append((kind, error))
@@ -139,7 +150,7 @@ def test_a_server_that_leaves_loses_no_request_and_no_stream(repository, tmp_pat
         """Directly: this one is under way at the server that leaves."""
         with ExplainClient(servers[0].grpc_url, timeout=300, retries=0) as client:
             if is_stream:
-                assert list(client.explain_stream(image, n_steps=200))[-1].is_last
+                assert ended_well(list(client.explain_stream(image, n_steps=200)))
             else:
                 assert client.explain(image, n_steps=200).n_steps == 200
 

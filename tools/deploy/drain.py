@@ -3,7 +3,7 @@
 Readiness fails from now on (`tools.probe --ready`), but requests are answered. The command ends when clients have had
 the time to turn to other servers and nothing is under way, streams included. Settings come from the environment:
 CONNECTION_SECONDS (20), after which `tools.deploy.serve` makes clients look for servers anew; DRAIN_SECONDS (240), the
-longest wait; HTTP_PORT and METRICS_PORT. Exit status 0: nothing is under way; 1: the time was over.
+longest wait; HTTP_PORT and METRICS_PORT. Exit status 0: nothing is under way; 1: the time is over, or the server hangs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ DRAIN_SECONDS = 240
 # Nothing is under way if nothing waits and no counter has changed for this long: one image may take 4 s to decode.
 QUIET_SECONDS = 5.0
 POLL_SECONDS = 0.5
+# A server of which something waits while no counter changes hangs: nobody should wait for it. Kubernetes runs `preStop`
+# before it restarts such a container, too.
+STUCK_SECONDS = 30.0
 # gRPC closes a connection up to a tenth after its age; a second more for the client to look up servers.
 AGE_FACTOR, LOOK_UP_SECONDS = 1.1, 1.0
 
@@ -55,7 +58,7 @@ def drain(
     """
     with open(os.open(leaving_file(ports.http), os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)):
         pass  # the file alone says it
-    started = quiet_since = time.monotonic()
+    started = quiet_since = moved = time.monotonic()
     told = started + (AGE_FACTOR * age_seconds + LOOK_UP_SECONDS if age_seconds else 0.0)
     before = None
     while (now := time.monotonic()) < started + most_seconds:
@@ -68,11 +71,16 @@ def drain(
             return True
         else:
             done, waiting = total(series, *DONE, *GRADIENTS_DONE, *STREAMS_ENDED), total(series, *PENDING)
+            if done != before or not waiting:
+                moved = now
             if waiting or done != before:
                 before, quiet_since = done, now
             elif now >= max(told, quiet_since + quiet_seconds):
                 say(f"nothing is under way after {now - started:.0f} s")
                 return True
+        if now >= moved + STUCK_SECONDS:
+            say(f"requests wait, and none has made progress for {now - moved:.0f} s")
+            return False
         time.sleep(POLL_SECONDS)
     say(f"requests are under way after {most_seconds:g} s")
     return False
