@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import encode, scene_image
 from cpu_quota import CpuShare
 from programs import run
 
+from explain_client import ExplainClient
 from tools.deploy.serve import command
 from tools.deploy.supervise import ContainerServer
 from tools.paths import ROOT
@@ -131,30 +134,33 @@ def triton_on_path(tmp_path, prepared):
     embedded.remove_shared_memory()
 
 
+def started(entry: str, environment: dict[str, str], log: Path, *options: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", f"tools.deploy.{entry}", *options]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+
+def wait_until_it_answers(process: subprocess.Popen, ports: Ports, model: str, log: Path) -> None:
+    until = time.monotonic() + 60
+    while True:
+        try:
+            probe("127.0.0.1", ports.http, model)
+            return
+        except ProbeError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.3)
+
+
 PROBE_SECONDS = 2
 
 
 @pytest.mark.parametrize("entry", [pytest.param("serve", marks=pytest.mark.slow), "supervise"])
 def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(triton_on_path, tmp_path, entry):
     ports, environment = triton_on_path
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"tools.deploy.{entry}", "--log-info=false"],
-            cwd=ROOT,
-            env={**environment, "MODELS": "classify", "PROBE_SECONDS": str(PROBE_SECONDS), "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    settings = {"MODELS": "classify", "PROBE_SECONDS": str(PROBE_SECONDS), "DRAIN_SECONDS": "1", "OMP_NUM_THREADS": "1"}
+    process = started(entry, {**environment, **settings}, tmp_path / "log", "--log-info=false")
     try:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                probe("127.0.0.1", ports.http, "classify")
-                break
-            except ProbeError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < until
-                time.sleep(0.3)
+        wait_until_it_answers(process, ports, "classify", tmp_path / "log")
         with pytest.raises(ProbeError, match="explain answers 404"):
             probe("127.0.0.1", ports.http, "explain")
         assert "Started HTTPService" not in (tmp_path / "log").read_text()  # as the further option asks
@@ -165,3 +171,24 @@ def test_the_containers_entry_points_serve_predictions_alone_and_stop_in_order(t
     finally:
         process.terminate()
         assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_the_supervisor_lets_an_explanation_and_a_stream_end_before_it_stops_triton(triton_on_path, tmp_path):
+    ports, environment = triton_on_path
+    image, log = encode(scene_image(0)), tmp_path / "log"
+    process = started("supervise", {**environment, "PROBE_SECONDS": "30", "DRAIN_SECONDS": "200"}, log)
+    try:
+        wait_until_it_answers(process, ports, "explain", log)
+        with ExplainClient(f"127.0.0.1:{ports.grpc}", timeout=200, retries=0) as client, ThreadPoolExecutor(2) as pool:
+            explanation = pool.submit(client.explain, image, n_steps=60)
+            stream = pool.submit(lambda: list(client.explain_stream(image, n_steps=60)))
+            time.sleep(1.5)
+            assert not explanation.done()
+            process.terminate()
+            assert explanation.result().n_steps == 60
+            assert stream.result()[-1].is_last
+    finally:
+        process.terminate()
+        assert process.wait(120) == 0
+    assert "supervise: nothing is under way after" in log.read_text()

@@ -14,6 +14,7 @@ from programs import needs, run
 
 from tools.paths import ROOT
 from tools.probe import served_model
+from tools.triton.process import LAST_SECONDS
 
 DEPLOY = ROOT / "tools" / "deploy"
 KUBERNETES, KUBERNETES_VERSION = DEPLOY / "kubernetes", "1.31"
@@ -56,7 +57,8 @@ def test_compose_gives_triton_longer_than_triton_gives_requests_and_opens_loopba
         assert ":" in service["image"]
     for name in ("triton", "triton-cpu", "triton-mps"):
         triton = config["services"][name] if name == "triton" else compose("--profile", name[7:])["services"][name]
-        assert int(triton["environment"]["STOP_SECONDS"]) < _seconds(triton["stop_grace_period"])
+        most = sum(int(triton["environment"][f"{name}_SECONDS"]) for name in ("DRAIN", "STOP"))
+        assert most + LAST_SECONDS < _seconds(triton["stop_grace_period"])
         assert triton["restart"] == "unless-stopped"
     assert "deploy" not in compose("--profile", "cpu")["services"]["triton-cpu"]
 
