@@ -6,6 +6,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -89,7 +90,10 @@ def test_a_server_that_its_supervisor_alone_asks_has_explained_nothing(server, t
 
 @pytest.mark.slow
 def test_overload_is_no_reason_to_be_unready_and_gradients_that_hang_are(tmp_path):
-    """Ten times what the server can do; then, still under load, its gradients' process is stopped."""
+    """Ten times what the server can do; then, still under load, its gradients' process is stopped.
+
+    As in the manifests and for the supervisor, two failures in a row count: a batch of the classifier may take seconds.
+    """
     # Gradients that yield to whatever else runs on this machine may make no progress here.
     repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5, cpu_niceness=0)
     server = EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log")
@@ -117,5 +121,8 @@ def test_overload_is_no_reason_to_be_unready_and_gradients_that_hang_are(tmp_pat
         load.result()
     print(f"{refused:.0f} requests were refused; an answer in time: {[impatient for _, impatient in told]}; {hanging}")
     assert refused > 0
-    assert [patient for patient, _ in told] == [""] * 4
-    assert "integrated_gradients makes no progress" in hanging[-1]
+    assert any(impatient for _, impatient in told)
+    patient = [each for each, _ in told]
+    assert not [pair for pair in pairwise(patient) if all(pair)], patient
+    assert all(hanging)
+    assert "integrated_gradients makes no progress" in " ".join(hanging)

@@ -81,8 +81,9 @@ def test_a_container_of_version_1_that_is_told_its_path_on_the_machine_reads_its
     assert cpu_share(root, SIXTY_FOUR).quota == 2
 
 
-def test_a_group_outside_what_is_mounted_leaves_what_is_mounted(tmp_path):
-    root = machine(tmp_path, V2.format(mounted="/"), "0::/../../other", **{"cpu.max": "200000 100000"})
+@pytest.mark.parametrize(("mounted", "group"), [("/", "/../../other"), ("/own", "/other")])
+def test_a_group_outside_what_is_mounted_leaves_what_is_mounted(tmp_path, mounted, group):
+    root = machine(tmp_path, V2.format(mounted=mounted), f"0::{group}", **{"cpu.max": "200000 100000"})
     assert cpu_share(root, SIXTY_FOUR).quota == 2
 
 
