@@ -49,12 +49,14 @@ def test_without_a_status_and_known_words_it_is_an_error_of_no_kind(convert: Con
     assert (str(error), error.status) == ("something else", "")
 
 
+_STOPPING = "Server is stopping, scheduler for model has stopped accepting new inference requests"
 # By the embedded server after SIGTERM: to a request, to a step of an ensemble, and in a stream, which has no status.
 LEAVING = [
     ("StatusCode.NOT_FOUND", "Request for unknown model: 'explain' has no available versions"),
-    ("StatusCode.UNAVAILABLE", "Server is stopping, scheduler for model has stopped accepting new inference requests"),
+    ("StatusCode.UNAVAILABLE", f"in ensemble 'explain', [request id: <id_unknown>] {_STOPPING}"),
     (None, "Request for unknown model: 'explain_stream' has no available versions"),
-    (None, "in ensemble 'explain', Server is stopping, scheduler for model has stopped accepting new requests"),
+    (None, f"[request id: <id_unknown>] {_STOPPING}"),
+    (None, "Model integrated_gradients - Error when running inference: Server not ready"),
 ]
 
 

@@ -45,7 +45,7 @@ _BY_STATUS = {
 
 # What Triton says of a model while it stops: with NOT_FOUND or UNAVAILABLE, and in a stream without a status. Another
 # server may answer. Of a model that it does not have it says "not found".
-_LEAVING = re.compile(r"has no available versions$|Server is stopping, ")
+_LEAVING = re.compile(r"has no available versions$|Server is stopping, |: Server not ready$")
 
 
 def from_triton(error: InferenceServerException) -> ExplainError:
