@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
-.PHONY: demo serve web test test-slow test-containers bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
+.PHONY: demo serve web test test-slow test-containers test-kubernetes bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
 
 # NETWORK=lite0|imagenet|shapes|PATH chooses the network of demo, serve and web.
 demo: $(INSTALLED)
@@ -19,11 +19,16 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not containers" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not containers and not kubernetes" $(ARGS)
 
 # The images and the compose project, by a Docker engine of the tests' own; as root. CONTAINERS=FOLDER keeps its data.
 test-containers: $(INSTALLED)
 	$(BIN)/python -m pytest -m containers tests/deploy $(ARGS)
+
+# The manifests on a cluster, under load: KUBECONFIG=FILE IMAGE=NAME:TAG make test-kubernetes. tests/deploy/test_kubernetes.py
+# says how to get both with kind or k3s.
+test-kubernetes: $(INSTALLED)
+	$(BIN)/python -m pytest -m kubernetes tests/deploy/test_kubernetes.py $(ARGS)
 
 # A server and a page that explains pictures, http://127.0.0.1:7860/; both end with Ctrl-C.
 web: $(INSTALLED)

@@ -1,16 +1,20 @@
-"""Requests to the live server, streams, and its counters."""
+"""Requests to the live server, streams, its counters and its processes."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import time
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc
 from attribution_metrics import FLUSH_SECONDS
+
+from tools.bench.processes import session
 
 OUTPUTS = (
     "PROBABILITIES",
@@ -106,3 +110,13 @@ def rows_passed(server) -> int:
     time.sleep(4 * FLUSH_SECONDS)
     text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
     return int(float(re.findall(r"^integrated_gradients_rows_total(?:\{.*\})? (\S+)$", text, re.MULTILINE)[0]))
+
+
+def stub(server_process: int, model: str) -> int:
+    """Process number of a model's stub."""
+    for process in session(server_process):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+            if "triton_python_backend_stub" in words[0] and any(word.startswith(f"{model}_") for word in words):
+                return process
+    raise AssertionError(f"{model} has no process")

@@ -94,6 +94,29 @@ class Tied(Scripted):
         return response
 
 
+class Leaving(Tied):
+    """Stops, as Triton says it, for the first ``unavailable`` requests and streams; then answers as ``Tied``."""
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        self.requests += 1
+        if self.requests <= self.unavailable:
+            context.abort(grpc.StatusCode.NOT_FOUND, unknown(request.model_name))
+        return super().ModelInfer(request, context)
+
+    def ModelStreamInfer(self, requests, context):  # noqa: N802
+        self.requests += 1
+        if self.requests <= self.unavailable:
+            request = next(requests)
+            yield service_pb2.ModelStreamInferResponse(error_message=unknown(request.model_name))
+            return
+        yield from super().ModelStreamInfer(requests, context)
+
+
+def unknown(model: str) -> str:
+    """What Triton 2.51 says of a model after SIGTERM."""
+    return f"Request for unknown model: '{model}' has no available versions"
+
+
 class Guarded(Tied):
     """Before a server that wants a token."""
 
@@ -111,11 +134,15 @@ def add_tensor(response, name: str, datatype: str, values) -> None:
 
 
 @contextlib.contextmanager
-def scripted_server(unavailable: int, kind: type[Scripted] = Scripted) -> Iterator[tuple[Scripted, str]]:
+def scripted_server(
+    unavailable: int, kind: type[Scripted] = Scripted, address: str = "127.0.0.1:0", **options: int
+) -> Iterator[tuple[Scripted, str]]:
+    """A servicer and its address. Names of gRPC's channel arguments in ``options`` lack the prefix ``grpc.``."""
     servicer = kind(unavailable)
-    server = grpc.server(futures.ThreadPoolExecutor(64))
+    arguments = [("grpc.so_reuseport", 0), *((f"grpc.{name}", value) for name, value in options.items())]
+    server = grpc.server(futures.ThreadPoolExecutor(64), options=arguments)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(address)
     server.start()
-    yield servicer, f"127.0.0.1:{port}"
+    yield servicer, f"{address.rpartition(':')[0]}:{port}"
     server.stop(0).wait()

@@ -160,13 +160,21 @@ def _resolved(network: str) -> str:
 def repository_with(network: str) -> Path:
     """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise."""
     copy = OUTPUTS / "repositories" / network
-    for folder in filter(Path.is_dir, MODEL_REPOSITORY.iterdir()):
-        for file in (copy / folder.name / "1").glob("*.py"):
-            if not (folder / "1" / file.name).is_file():
-                file.unlink()
-        shutil.copytree(folder, copy / folder.name, ignore=WITHOUT_CLASSIFIER, dirs_exist_ok=True)
+    copy_models(copy)
     ensure_exported(copy, network)
     return copy
+
+
+def copy_models(repository: Path) -> None:
+    """Copy this model repository, without a classifier, into a folder, and delete there the modules of older versions.
+
+    The folder's own times and mode stay as they are: the root of a volume may belong to another user.
+    """
+    for folder in filter(Path.is_dir, MODEL_REPOSITORY.iterdir()):
+        for file in (repository / folder.name / "1").glob("*.py"):
+            if not (folder / "1" / file.name).is_file():
+                file.unlink()
+        shutil.copytree(folder, repository / folder.name, ignore=WITHOUT_CLASSIFIER, dirs_exist_ok=True)
 
 
 def read_manifest(repository: Path = MODEL_REPOSITORY) -> dict[str, Any] | None:

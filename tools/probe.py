@@ -1,5 +1,8 @@
 """Check that a server answers: ``python3 -m tools.probe`` requests an explanation, or prediction, of a small image.
 
+Overload is no fault: a server that sheds requests, or answers late, is alive and ready while its models make progress.
+Unready is one that could not answer if it were idle.
+
 For health checks and probes: Triton's own readiness does not notice a model's process that died or hangs. It needs only
 the standard library. Exit status 0: the server answered in time.
 """
@@ -13,9 +16,11 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 # The id of a request by which the models know a health check, and count it apart from traffic (`probe_requests.py`).
 PROBE_ID = "health-probe"
@@ -27,8 +32,8 @@ CHAINS = {
     "explain": ("preprocess", "classifier", "integrated_gradients", "heatmap"),
     "classify": ("preprocess", "classifier"),
 }
-# Error codes: of an overloaded server, and of `explain_stream` for bytes that are not an image.
-OVERLOADED, INVALID = "[overloaded] ", "[invalid] "
+# Error codes: of an overloaded server, of a request whose time is over, and of `explain_stream` for what is no image.
+OVERLOADED, LATE, INVALID = "[overloaded] ", "[late] ", "[invalid] "
 # Counters that show progress. Requests alone do not: Triton counts those of `preprocess` by the batch, and those of
 # `integrated_gradients` before they are answered.
 DONE = ("nv_inference_request_success", "nv_inference_request_failure", "preprocess_images_total")
@@ -52,6 +57,11 @@ class NoAnswerError(ProbeError):
 
 class OverloadedError(ProbeError):
     """The server says that it is overloaded."""
+
+
+def leaving_file(port: int) -> Path:
+    """The file that says, of the server with this HTTP port, that it is about to be stopped (`tools.deploy.drain`)."""
+    return Path(tempfile.gettempdir()) / f"explaining_triton_{port}.leaving"
 
 
 def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) -> None:
@@ -81,6 +91,8 @@ def probe(host: str, port: int, model: str = "explain", seconds: float = 5.0) ->
     status, body = _ask(host, port, seconds, "POST", f"/v2/models/{model}/infer", header + image, headers)
     if status == 503 and OVERLOADED.encode() in body:
         raise OverloadedError(f"{model} is overloaded")
+    if status == 503 and LATE.encode() in body:
+        raise NoAnswerError(f"{model} did not answer in {seconds:g} s")
     if status != 200:
         raise ProbeError(f"{model} answers {status}: {body[:300].decode(errors='replace')}")
 
@@ -219,13 +231,20 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("HTTP_PORT") or 8000))
     parser.add_argument("--metrics-port", type=int, default=int(os.environ.get("METRICS_PORT") or 8002))
-    parser.add_argument("--patient", action="store_true", help="an overloaded server that makes progress is healthy")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--patient", action="store_true", help="liveness: a server that makes progress is healthy")
+    kinds.add_argument("--ready", action="store_true", help="readiness: the same, and it is not about to be stopped")
     served = served_model(os.environ)
     parser.add_argument("--model", choices=MODELS, default=served, help=f"default, by MODELS: {served}")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for an answer (default: 5)")
     arguments = parser.parse_args()
+    is_leaving = leaving_file(arguments.port).exists()
+    if is_leaving and arguments.ready:
+        sys.exit("probe: the server is about to be stopped")
+    if is_leaving and arguments.patient:
+        return  # what drains it watches it, and no probe may look like a request of a client
     try:
-        if arguments.patient:
+        if arguments.patient or arguments.ready:
             probe_patiently(arguments.host, arguments.port, arguments.metrics_port, arguments.model, arguments.seconds)
         else:
             probe(arguments.host, arguments.port, arguments.model, arguments.seconds)

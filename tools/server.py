@@ -27,7 +27,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
-from tools.triton.options import ADMIN_HEADER, ENVIRONMENT, LOCALHOST, SettingError, server_options
+from tools.triton.options import (
+    ADMIN_HEADER,
+    LOCALHOST,
+    SettingError,
+    describe_threads,
+    server_environment,
+    server_options,
+)
 from tools.triton.options import Ports as Ports
 from tools.triton.process import ServerError, TritonProcess
 from tools.triton.supervisor import Watch, stop_on_signals, supervise
@@ -45,6 +52,7 @@ class EmbeddedServer(TritonProcess):
         start_seconds: how long the models may take to load.
         stop_seconds: how long requests in flight may take to finish when it stops.
         options: further options of ``tritonserver``.
+        host: address of this machine to listen on.
 
     Raises:
         ServerError: on entering, when it cannot start.
@@ -58,23 +66,24 @@ class EmbeddedServer(TritonProcess):
         start_seconds: float = 180,
         stop_seconds: int = 30,
         options: Sequence[str] = (),
+        host: str = LOCALHOST,
     ) -> None:
-        super().__init__(LOCALHOST, ports, start_seconds, stop_seconds)
+        super().__init__(host, ports, start_seconds, stop_seconds)
         self.repository, self.log_file, self.options = repository, log_file, options
         self.log_hint = f"; see {log_file}"
         self._admin_key = secrets.token_urlsafe(32)
 
     @property
     def http_url(self) -> str:
-        return f"{LOCALHOST}:{self.ports.http}"
+        return f"{self.host}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{LOCALHOST}:{self.ports.grpc}"
+        return f"{self.host}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{LOCALHOST}:{self.ports.metrics}/metrics"
+        return f"http://{self.host}:{self.ports.metrics}/metrics"
 
     @property
     def http_admin_headers(self) -> dict[str, str]:
@@ -105,7 +114,7 @@ class EmbeddedServer(TritonProcess):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((LOCALHOST, port))
+                    probe.bind((self.host, port))
                 except OSError as error:
                     raise ServerError(
                         f"port {port} cannot be used ({error.strerror}); set {name.upper()}_PORT to another one"
@@ -132,12 +141,11 @@ class EmbeddedServer(TritonProcess):
             f"--backend-directory={_assemble_backends(server, folder)}",
             self.region_option,
             "--model-control-mode=none",
-            *server_options(self.repository, LOCALHOST, self.ports, self._admin_key, self.stop_seconds),
+            *server_options(self.repository, self.host, self.ports, self._admin_key, self.stop_seconds),
             *self.options,
         ]
         environment = {
-            **ENVIRONMENT,
-            **os.environ,
+            **server_environment(os.environ),
             # The stub takes its environment from the first python3 on PATH.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
@@ -220,6 +228,7 @@ def main() -> None:
             print(f"HTTP     http://{server.http_url}")
             print(f"metrics  {server.metrics_url}")
             print(f"log      {server.log_file}")
+            print(f"threads  {describe_threads(os.environ)}")
             print(f"key      {key}")
             print("ready; Ctrl-C stops it", flush=True)
             watch = Watch(probe_seconds=arguments.probe_seconds, most_restarts=arguments.most_restarts)

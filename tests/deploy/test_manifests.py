@@ -13,11 +13,11 @@ import yaml
 from programs import needs, run
 
 from tools.paths import ROOT
+from tools.probe import served_model
+from tools.triton.process import LAST_SECONDS
 
 DEPLOY = ROOT / "tools" / "deploy"
-KUBERNETES_VERSION = "1.31"
-# Kinds of operators with their own schemas.
-CUSTOM_KINDS = {"ScaledObject", "ServingRuntime", "InferenceService"}
+KUBERNETES, KUBERNETES_VERSION = DEPLOY / "kubernetes", "1.31"
 
 
 def compose(*words: str, **settings: str) -> dict:
@@ -57,7 +57,8 @@ def test_compose_gives_triton_longer_than_triton_gives_requests_and_opens_loopba
         assert ":" in service["image"]
     for name in ("triton", "triton-cpu", "triton-mps"):
         triton = config["services"][name] if name == "triton" else compose("--profile", name[7:])["services"][name]
-        assert int(triton["environment"]["STOP_SECONDS"]) < _seconds(triton["stop_grace_period"])
+        most = sum(int(triton["environment"][f"{name}_SECONDS"]) for name in ("DRAIN", "STOP"))
+        assert most + LAST_SECONDS < _seconds(triton["stop_grace_period"])
         assert triton["restart"] == "unless-stopped"
     assert "deploy" not in compose("--profile", "cpu")["services"]["triton-cpu"]
 
@@ -84,8 +85,10 @@ def test_triton_has_one_version():
     (default,) = re.findall(r"^#TRITON_VERSION=(\S+)", (ROOT / ".env.example").read_text(), re.MULTILINE)
     assert re.findall(r"^ARG TRITON_VERSION=(\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE) == [default]
     assert set(re.findall(r"TRITON_VERSION:-([\d.]+)", (ROOT / "docker-compose.yml").read_text())) == {default}
-    for file in (*(DEPLOY / "kubernetes").glob("*.yaml"), ROOT / "docs" / "operations.md"):
+    for file in (KUBERNETES / "kserve.yaml", ROOT / "docs" / "operations.md"):
         assert set(re.findall(r"explaining-triton:([\d.]+)", file.read_text())) == {default}
+    (tag,) = re.findall(r'newTag: "(\S+)"', (KUBERNETES / "base" / "kustomization.yaml").read_text())
+    assert tag == default
 
 
 def test_images_are_labelled_with_the_version_that_is_released():
@@ -114,36 +117,104 @@ def test_shell_scripts_are_clean():
     assert result.returncode == 0, result.stdout
 
 
-def manifests() -> list[tuple[str, dict]]:
-    files = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-    return [(file.name, each) for file in files for each in yaml.safe_load_all(file.read_text())]
+def rendered(folder: str) -> list[dict]:
+    """The manifests that ``kubectl apply -k`` would send."""
+    result = run("kubectl", "kustomize", str(KUBERNETES / folder))
+    assert result.returncode == 0, result.stderr
+    assert "deprecated" not in result.stderr
+    return list(yaml.safe_load_all(result.stdout))
 
 
-def test_kubernetes_manifests_fit_the_api():
-    kinds = set()
-    for _, manifest in manifests():
-        kinds.add(manifest["kind"])
-        if manifest["kind"] == "ServingRuntime":  # it has a pod's containers
-            spec = {name: manifest["spec"][name] for name in ("containers", "volumes")}
-            manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
-        if manifest["kind"] not in CUSTOM_KINDS:
-            kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
-    assert {"Deployment", "Service", "PodDisruptionBudget"} | CUSTOM_KINDS == kinds
+def kserve() -> list[dict]:
+    return list(yaml.safe_load_all((KUBERNETES / "kserve.yaml").read_text()))
 
 
-def test_kubernetes_selectors_and_scalers_meet_their_deployments():
-    deployments = {m["metadata"]["name"]: m for _, m in manifests() if m["kind"] == "Deployment"}
-    for _, manifest in manifests():
-        kind, spec = manifest["kind"], manifest["spec"]
-        if kind == "Deployment":
-            labels = spec["template"]["metadata"]["labels"]
-            assert spec["selector"]["matchLabels"].items() <= labels.items()
-            (container,) = spec["template"]["spec"]["containers"]
-            stop_seconds = next(int(each["value"]) for each in container["env"] if each["name"] == "STOP_SECONDS")
-            assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > stop_seconds + 10
-        elif kind in ("Service", "PodDisruptionBudget"):
-            selector = spec["selector"] if kind == "Service" else spec["selector"]["matchLabels"]
-            chosen = deployments[manifest["metadata"]["name"]]["spec"]["template"]["metadata"]["labels"]
-            assert selector.items() <= chosen.items()
-        elif kind == "ScaledObject":
-            assert spec["scaleTargetRef"]["name"] in deployments
+def of_kind(manifests: list[dict], kind: str) -> dict[str, dict]:
+    return {each["metadata"]["name"]: each for each in manifests if each["kind"] == kind}
+
+
+# `needs` skips where there is no kubectl; Debian's kubernetes-client of bookworm is too old (1.20).
+@needs("kubectl")
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_an_overlay_fits_the_api_and_needs_no_operator(overlay):
+    manifests = rendered(overlay)
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    assert {manifest["kind"] for manifest in manifests} == {"ConfigMap", "Deployment", "Service", "PodDisruptionBudget"}
+    (config,) = of_kind(manifests, "ConfigMap").values()
+    settings = {name: int(value) for name, value in config["data"].items() if name.endswith("_SECONDS")}
+    assert settings.keys() == {"CONNECTION_SECONDS", "DRAIN_SECONDS", "STOP_SECONDS"}
+    deployments = of_kind(manifests, "Deployment")
+    assert deployments.keys() == {"explain", "classify"}
+    for name, deployment in deployments.items():
+        pod = deployment["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > settings["DRAIN_SECONDS"] + settings["STOP_SECONDS"]
+        (triton,), (prepare,) = pod["containers"], pod["initContainers"]
+        models = {each["name"]: each["value"] for each in triton["env"]}["MODELS"]
+        # Probes ask what MODELS says; preStop reads the same settings as the server.
+        assert served_model({"MODELS": models}) == name
+        sources = [{"configMapRef": {"name": config["metadata"]["name"]}}]
+        for container in (triton, prepare):
+            assert container["envFrom"] == sources
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert re.fullmatch(r"explaining-triton:[\d.]+", container["image"])
+        assert _module(triton["lifecycle"]["preStop"]) == ["tools.deploy.drain"]
+        # Overload makes no pod unready and ends none; a pod that is about to be stopped is not ready.
+        assert "--ready" in _module(triton["readinessProbe"])
+        assert "--patient" in _module(triton["livenessProbe"])
+        assert not {"--ready", "--patient"} & set(_module(triton["startupProbe"]))
+        limits = triton["resources"]["limits"]
+        assert ("nvidia.com/gpu" in limits) == (overlay == "gpu" and name == "explain")
+        assert ("cpu" in limits) == (overlay == "cpu")
+
+
+def _module(action: dict) -> list[str]:
+    """What ``python3 -m`` is given."""
+    command = action["exec"]["command"]
+    assert command[:2] == ["python3", "-m"]
+    return command[2:]
+
+
+def test_every_module_that_a_pod_runs_takes_these_options():
+    for file in KUBERNETES.rglob("*.yaml"):
+        for words in re.findall(r'"python3", "-m", ("[^\]]+)\]', file.read_text()):
+            module, *options = re.findall(r'"([^"]+)"', words)
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            for option in options:
+                assert not option.startswith("--") or f'"{option}"' in source, (file.name, module, option)
+
+
+@needs("kubectl")
+def test_selectors_and_scalers_meet_their_deployments():
+    manifests = rendered("cpu")
+    deployments = of_kind(manifests, "Deployment")
+    for deployment in deployments.values():
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    selectors = {name: each["spec"]["selector"] for name, each in of_kind(manifests, "Service").items()}
+    budgets = of_kind(manifests, "PodDisruptionBudget")
+    assert selectors == {name: each["spec"]["selector"]["matchLabels"] for name, each in budgets.items()}
+    for name, selector in selectors.items():
+        assert selector.items() <= deployments[name]["spec"]["template"]["metadata"]["labels"].items()
+    scalers = of_kind(rendered("autoscaling"), "ScaledObject")
+    assert {each["spec"]["scaleTargetRef"]["name"] for each in scalers.values()} == deployments.keys()
+
+
+def test_kserves_pods_fit_the_api():
+    runtime = of_kind(kserve(), "ServingRuntime")["explaining-triton"]
+    spec = {name: runtime["spec"][name] for name in ("containers", "volumes")}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
+    kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+
+
+@needs("kubectl")
+def test_kserves_pods_are_started_probed_and_stopped_as_the_others():
+    manifests, (runtime, service) = rendered("gpu"), kserve()
+    pod = of_kind(manifests, "Deployment")["explain"]["spec"]["template"]["spec"]
+    (triton,), (own,) = pod["containers"], runtime["spec"]["containers"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe", "lifecycle", "image"):
+        assert own[name] == triton[name], name
+    (config,) = of_kind(manifests, "ConfigMap").values()
+    assert {each["name"]: each["value"] for each in own["env"]} == config["data"]
+    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] == pod["terminationGracePeriodSeconds"]
+    assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]

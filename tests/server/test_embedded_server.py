@@ -1,12 +1,14 @@
 """The launcher of the embedded server. These tests start their own servers, mostly with one small model."""
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,7 @@ def test_command_stops_cleanly_on_sigterm(repository):
         "GRPC_PORT": str(ports.grpc),
         "METRICS_PORT": str(ports.metrics),
         "NETWORK": "shapes",
+        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "tools.server", "--repository", str(repository)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -57,6 +60,10 @@ def test_command_stops_cleanly_on_sigterm(repository):
         if line.startswith("ready"):
             break
     assert f"gRPC     127.0.0.1:{ports.grpc}\n" in lines
+    assert "threads  1 for each model: OMP_NUM_THREADS is set\n" in lines
+    (log,) = (line.removeprefix("log").strip() for line in lines if line.startswith("log "))
+    for model in ("preprocess: ", "classifier: ", "integrated_gradients explains"):
+        assert re.search(rf"{model}.*\bthreads 1,?\b", Path(log).read_text()), model
     process.send_signal(signal.SIGTERM)
     assert "stopped" in process.communicate(timeout=60)[0]
     assert process.returncode == 0

@@ -25,12 +25,11 @@ import tritonclient.grpc
 import tritonclient.utils
 from circuit_breaker import MOST_SECONDS, CircuitBreaker
 from conftest import encode, scene_image
-from live_server import infer
+from live_server import infer, stub
 from path_density import FILE_NAME
 
 from explain_client import ExplainClient, ExplainError, RefusedError, UnavailableError
 from tools.bench.overload import measure, with_settings
-from tools.bench.processes import session
 from tools.bench.soak import soak
 from tools.paths import ROOT
 from tools.probe import probe_patiently, read_metrics, total
@@ -47,16 +46,6 @@ RECOVERY_SECONDS = 30
 @pytest.fixture(scope="module")
 def image() -> bytes:
     return encode(scene_image(0))
-
-
-def stub(server_process: int, model: str) -> int:
-    """Process number of a model's stub."""
-    for process in session(server_process):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
-            if "triton_python_backend_stub" in words[0] and any(word.startswith(f"{model}_") for word in words):
-                return process
-    raise AssertionError(f"{model} has no process")
 
 
 def triton_process(parent: int) -> int:

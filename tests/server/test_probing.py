@@ -1,15 +1,22 @@
 """The health check, on the live server."""
 
+import os
+import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from conftest import encode, scene_image
-from live_server import infer, rows_passed
+from live_server import infer, rows_passed, stub
 
-from tools.probe import NoAnswerError, ProbeError, probe, probe_patiently, read_metrics
+from tools.bench.load import jpeg_images
+from tools.bench.overload import open_loop, with_settings
+from tools.probe import NoAnswerError, ProbeError, probe, probe_patiently, read_metrics, total
+from tools.server import EmbeddedServer, Ports
 from tools.triton.supervisor import Watch, trouble
 
 
@@ -79,3 +86,43 @@ def test_a_server_that_its_supervisor_alone_asks_has_explained_nothing(server, t
     after = grown(before)
     assert not [name for name in after if "_probes_total" in name]
     assert any(name.startswith("integrated_gradients_explanations_total") for name in after)
+
+
+@pytest.mark.slow
+def test_overload_is_no_reason_to_be_unready_and_gradients_that_hang_are(tmp_path):
+    """Ten times what the server can do; then, still under load, its gradients' process is stopped.
+
+    As in the manifests and for the supervisor, two failures in a row count: a batch of the classifier may take seconds.
+    """
+    # Gradients that yield to whatever else runs on this machine may make no progress here.
+    repository = with_settings(tmp_path, "integrated_gradients", max_wait_seconds=5, cpu_niceness=0)
+    server = EmbeddedServer(repository, Ports.free(), log_file=tmp_path / "log")
+
+    def complaint(patiently: bool = True) -> str:
+        """What the probe says; empty if the server is healthy."""
+        try:
+            if patiently:
+                probe_patiently("127.0.0.1", server.ports.http, server.ports.metrics, seconds=4)
+            else:
+                probe("127.0.0.1", server.ports.http, seconds=4)
+            return ""
+        except ProbeError as error:
+            return str(error)
+
+    with server, ThreadPoolExecutor(1) as pool:
+        load = pool.submit(open_loop, server.grpc_url, jpeg_images(), 8, 60, {"n_steps": 50})
+        time.sleep(8)  # until it is full
+        before = total(read_metrics("127.0.0.1", server.ports.metrics), "preprocess_overloaded_total")
+        told = [(complaint(), complaint(patiently=False)) for _ in range(4)]
+        refused = total(read_metrics("127.0.0.1", server.ports.metrics), "preprocess_overloaded_total") - before
+        os.kill(stub(server.process.pid, "integrated_gradients"), signal.SIGSTOP)
+        hanging = [complaint() for _ in range(2)]
+        server.stop(0)  # what waits in the process that hangs would wait for ever
+        load.result()
+    print(f"{refused:.0f} requests were refused; an answer in time: {[impatient for _, impatient in told]}; {hanging}")
+    assert refused > 0
+    assert any(impatient for _, impatient in told)
+    patient = [each for each, _ in told]
+    assert not [pair for pair in pairwise(patient) if all(pair)], patient
+    assert all(hanging)
+    assert "integrated_gradients makes no progress" in " ".join(hanging)

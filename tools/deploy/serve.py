@@ -1,8 +1,9 @@
 """The container's entry point: ``python3 -m tools.deploy.serve`` becomes Triton.
 
 Settings come from the environment: MODEL_REPOSITORY (/models), MODELS (all, or classify alone), HOST (0.0.0.0),
-HTTP_PORT, GRPC_PORT, METRICS_PORT (8000, 8001, 8002), STOP_SECONDS (30), ADMIN_KEY or ADMIN_KEY_FILE. Arguments are
-further options of ``tritonserver``.
+HTTP_PORT, GRPC_PORT, METRICS_PORT (8000, 8001, 8002), CONNECTION_SECONDS (20), STOP_SECONDS (30), ADMIN_KEY or
+ADMIN_KEY_FILE, OMP_NUM_THREADS (threads of each model; by the CPU quota). Arguments are further options of
+``tritonserver``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.triton.options import ENVIRONMENT, Ports, SettingError, server_options, whole_number
+from tools.probe import leaving_file
+from tools.triton.options import (
+    Ports,
+    SettingError,
+    describe_threads,
+    server_environment,
+    server_options,
+    whole_number,
+)
 
 # The models of a server that only predicts.
 CLASSIFYING = ("preprocess", "classifier", "classify")
@@ -37,6 +46,8 @@ def command(settings: Mapping[str, str]) -> list[str]:
     host = settings.get("HOST") or "0.0.0.0"
     ports = Ports.from_settings(settings)
     options = server_options(repository, host, ports, _admin_key(settings), stop_seconds(settings))
+    if age := connection_seconds(settings):
+        options.append(f"--grpc-max-connection-age={1000 * age}")
     return ["tritonserver", *chosen, *options]
 
 
@@ -47,6 +58,17 @@ def stop_seconds(settings: Mapping[str, str]) -> int:
         SettingError: STOP_SECONDS is not a whole number.
     """
     return whole_number(settings, "STOP_SECONDS", 30)
+
+
+def connection_seconds(settings: Mapping[str, str]) -> int:
+    """Age at which gRPC's connections end, once their requests are answered: clients then look for servers anew.
+
+    0: never.
+
+    Raises:
+        SettingError: CONNECTION_SECONDS is not a whole number.
+    """
+    return whole_number(settings, "CONNECTION_SECONDS", 20)
 
 
 def _admin_key(settings: Mapping[str, str]) -> str:
@@ -62,11 +84,12 @@ def _admin_key(settings: Mapping[str, str]) -> str:
 def main() -> None:
     try:
         words = command(os.environ)
+        environment = server_environment(os.environ)
+        print(f"serve: threads {describe_threads(os.environ)}", flush=True)
     except SettingError as error:
         sys.exit(f"serve: {error}")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.execvp(words[0], [*words, *sys.argv[1:]])
+    leaving_file(Ports.from_settings(os.environ).http).unlink(missing_ok=True)  # of this container's last server
+    os.execvpe(words[0], [*words, *sys.argv[1:]], environment)
 
 
 if __name__ == "__main__":

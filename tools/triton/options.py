@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_quota import THREADS_VARIABLE, chosen_threads, cpu_share
+
 LOCALHOST = "127.0.0.1"
 
 # APIs that inference does not need, and that a client could use to harm others.
@@ -94,3 +96,40 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
 # Threads of one model that spin for work take cores from other models. With GOMP_SPINCOUNT 10000 instead, a single
 # client's explanation takes 8 % less time, but beside 8 clients a prediction's p95 is 3 times its idle p95, not 1.5.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def server_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Triton's environment: the settings, and the number of threads that each model computes with.
+
+    PyTorch and libtorch's backend read that number from OMP_NUM_THREADS. If it is not among the settings, it follows
+    the CPU quota.
+
+    Args:
+        settings: the environment of the process that starts Triton.
+
+    Raises:
+        SettingError: OMP_NUM_THREADS is not a whole number above 0.
+    """
+    threads, _ = _threads(settings)
+    return {**ENVIRONMENT, **settings, THREADS_VARIABLE: settings.get(THREADS_VARIABLE) or str(threads)}
+
+
+def describe_threads(settings: Mapping[str, str]) -> str:
+    """How many threads each model computes with, and why, in a few words.
+
+    Raises:
+        SettingError: OMP_NUM_THREADS is not a whole number above 0.
+    """
+    threads, why = _threads(settings)
+    return f"{threads} for each model: {why}"
+
+
+def _threads(settings: Mapping[str, str]) -> tuple[int, str]:
+    try:
+        threads = chosen_threads(settings)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    if threads is not None:
+        return threads, f"{THREADS_VARIABLE} is set"
+    share = cpu_share()
+    return share.threads, str(share)

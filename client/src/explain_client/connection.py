@@ -29,6 +29,9 @@ IS_TLS = {"grpc": False, "http": False, "grpcs": True, "https": True}
 RESOLVER = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):(?!\d+$)")
 ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 LONGEST_MESSAGE = 2**31 - 1
+# Of servers that go and come: when a connection ends, a name is looked up again, at most this often, and a server that
+# cannot be reached is tried again at these intervals. gRPC's defaults are 30 s and 120 s.
+LOOK_UP_MS, RECONNECT_MS = 5_000, 10_000
 
 Url: TypeAlias = str | Sequence[str]
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -155,6 +158,8 @@ def connect(
     options: dict[str, str | int] = {
         "grpc.max_send_message_length": LONGEST_MESSAGE,
         "grpc.max_receive_message_length": LONGEST_MESSAGE,
+        "grpc.dns_min_time_between_resolutions_ms": LOOK_UP_MS,
+        "grpc.max_reconnect_backoff_ms": RECONNECT_MS,
     }
     target, is_tls = parsed[0]
     if len(parsed) > 1:

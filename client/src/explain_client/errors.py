@@ -43,10 +43,16 @@ _BY_STATUS = {
 }
 
 
+# What Triton says of a model while it stops: with NOT_FOUND or UNAVAILABLE, and in a stream without a status. Another
+# server may answer. Of a model that it does not have it says "not found".
+_LEAVING = re.compile(r"has no available versions$|Server is stopping, |: Server not ready$")
+
+
 def from_triton(error: InferenceServerException) -> ExplainError:
     """This package's exception for one of tritonclient's."""
-    status = str(error.status() or "").removeprefix("StatusCode.")
-    return _BY_STATUS.get(status, ExplainError)(error.message() or str(error), status)
+    message = error.message() or str(error)
+    status = "UNAVAILABLE" if _LEAVING.search(message) else str(error.status() or "").removeprefix("StatusCode.")
+    return _BY_STATUS.get(status, ExplainError)(message, status)
 
 
 def from_rpc(error: grpc.RpcError) -> ExplainError:

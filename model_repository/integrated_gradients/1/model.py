@@ -23,6 +23,7 @@ from attribution_request import Reply, RequestReader, TensorError, Work, respons
 from circuit_breaker import CircuitBreaker
 from classifier_files import ClassifierFiles
 from classifier_loading import check_classifier, check_gradients, load_classifier
+from cpu_quota import threads
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
 from load_errors import refusing_to_load
@@ -59,8 +60,7 @@ class TritonPythonModel:
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
         if not on_gpu:
             os.nice(int(settings["cpu_niceness"]))
-            if threads := int(settings["cpu_threads"]):
-                torch.set_num_threads(threads)
+            torch.set_num_threads(int(settings["cpu_threads"]) or threads())
         try:
             density: PathDensity | None = PathDensity.load(files.folder / FILE_NAME, files.sha256)
         except CalibrationError:
@@ -95,7 +95,8 @@ class TritonPythonModel:
         calibration = "calibrated" if density else _why_uncalibrated(files)
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {files.model}, sha256 {files.sha256}, on {self.device}, "
-            f"{self.engine.max_rows} rows a chunk, gradients are {kind}, {calibration}"
+            f"threads {torch.get_num_threads()}, {self.engine.max_rows} rows a chunk, "
+            f"gradients are {kind}, {calibration}"
         )
 
     def execute(self, requests: list[Any]) -> list[None]:

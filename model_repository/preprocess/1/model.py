@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
 
 # The modules that all models share.
@@ -19,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "integrated_gradients"
 
 from attribution_parameters import read_parameters
 from circuit_breaker import CircuitOpenError, check_circuit
+from cpu_quota import threads
 from error_codes import triton_error
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
@@ -45,6 +47,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # Pillow's warnings about strangers' files: each new text would be logged and kept in memory.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        torch.set_num_threads(threads())
         setup = ModelSetup.read(args)
         self.preprocessing = setup.preprocessing
         self.network = json.dumps(setup.files.network).encode()
@@ -60,6 +63,8 @@ class TritonPythonModel:
                 for own in series:
                     key = (name, *own.values())
                     self.metrics[key] = family.Metric(labels={**labels, **own})
+
+        pb_utils.Logger.log_info(f"preprocess: threads {torch.get_num_threads()}")
 
     def finalize(self) -> None:
         self.metrics.clear()  # first: a metric must not outlive its family

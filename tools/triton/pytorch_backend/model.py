@@ -32,6 +32,9 @@ class TritonPythonModel:
         self.outputs = sorted((tensor["name"] for tensor in config["output"]), key=_position)
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
+        # By this name, as libtorch's backend; without it the number of threads is that of OMP_NUM_THREADS.
+        if threads := int(config["parameters"].get("INTRA_OP_THREAD_COUNT", {"string_value": "0"})["string_value"]):
+            torch.set_num_threads(threads)
         file = Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.pt")
         if not file.is_file():
             raise pb_utils.TritonModelException(f"{file} is missing; python -m tools.export writes it")
@@ -40,6 +43,8 @@ class TritonPythonModel:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise pb_utils.TritonModelException(f"{file} is not a TorchScript file: {reason}") from None
+
+        pb_utils.Logger.log_info(f"{args['model_name']}: threads {torch.get_num_threads()}, on {self.device}")
 
     @torch.inference_mode()
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
