@@ -5,6 +5,7 @@ A discrete gradient is the mean gradient between two points, from the network's 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -136,9 +137,8 @@ class RichardsonRule(Rule):
             return False
         steps_left = min(affordable, self._most_steps - self.n_steps)
         is_scouting = self._scouts and self._counts == SCOUTING_STEPS
-        if self._scouts:
-            self._find_density()
         if is_scouting and steps_left >= _trial_cost(LEAST_TRIAL_STEPS):
+            self._find_density()
             self._walk(_trial(self._trial_steps(steps_left)))
             return True
         fine_steps = self._counts[-1]
@@ -150,6 +150,8 @@ class RichardsonRule(Rule):
         steps = min(wanted, steps_left)
         if steps < least:
             return False
+        if self._scouts:
+            self._find_density()
         self._coarse, self._coarse_steps = self._sums[len(self._counts) - 1], fine_steps
         self._walk((int(steps),))
         return True
@@ -168,6 +170,18 @@ class RichardsonRule(Rule):
             self.gradient = self._sums[0]
             self.error_estimate = self._law.margin * self._law.error(self._counts[0])
         return self.gradient is not None
+
+    def completed(self) -> RichardsonRule:
+        kept = copy.copy(self)
+        kept.gradient, kept._last_gradient = None, None
+        kept._sums = {len(self._counts) - 1: self._sums[len(self._counts) - 1]}
+        kept.__dict__.pop("_coarse", None)
+        return kept
+
+    def resumed(self, tolerance: float | None, n_steps: int) -> RichardsonRule:
+        rule = copy.copy(self)
+        rule._tolerance, rule._most_steps = tolerance or 0.0, n_steps
+        return rule
 
     def _find_density(self) -> None:
         """Place further steps where the gradients of the last walk change."""
