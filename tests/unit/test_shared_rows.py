@@ -6,7 +6,6 @@ import pytest
 import torch
 from attribution_engine import AttributionEngine
 from conftest import small_job
-from test_row_scheduler import MadeUpPath
 
 
 def classes_of_one_image(n_steps=20, classes=(0, 3, 7), **options):
@@ -100,22 +99,3 @@ def test_without_memory_for_a_further_backward_pass_the_classes_go_on_alone(engi
     for one, other in zip(alone, engine.explain(jobs)):
         torch.testing.assert_close(other.attributions, one.attributions, rtol=1e-4, atol=1e-6)
     assert engine.rows_shared == 0
-
-
-def test_the_scheduler_starts_with_a_path_those_that_can_share_its_rows():
-    from row_scheduler import RowScheduler, Task
-
-    scheduler = RowScheduler(8, shares=True)
-    tasks = [Task(20, 0, sharing_key=key) for key in ("a", "b", "a", None)]
-    for task in tasks:
-        scheduler.add(task)
-    started = []
-    while (task := scheduler.next_to_start()) is not None:
-        path = MadeUpPath(20)
-        path.points = task.sharing_key
-        scheduler.start(task, path)
-        started.append(tasks.index(task))
-    assert started == [0, 2]
-    (piece,) = scheduler.next_chunk(equal=True)
-    assert piece.rows == slice(0, 8)
-    assert [task for task, _ in piece.members] == [tasks[0], tasks[2]]

@@ -99,9 +99,14 @@ class AnswerStore:
 
     Args:
         max_bytes: most bytes of all that is kept; 0 keeps nothing.
+
+    Raises:
+        ValueError: it is below 0.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"kept_bytes must be at least 0, not {max_bytes}")
         self.max_bytes = max_bytes
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._size = 0

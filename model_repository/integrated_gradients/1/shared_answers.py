@@ -170,6 +170,8 @@ class SharedAnswers:
 
     def _keep(self, job: Job, explanation: Explanation) -> None:
         """Keep an answer, and the stages of its path unless more are kept."""
+        if not explanation.attributions.isfinite().all():  # the device may have failed
+            return
         if (key := answer_key(job)) is not None:
             self._store.put(key, replace(explanation, state=None) if job.refines else explanation)
         state = explanation.state
