@@ -53,7 +53,7 @@ def test_repeated_and_identical_requests_take_no_further_gradients(keeping):
         _, rows = spent(lambda: infer(triton, image, outputs=ATTRIBUTION, n_steps=20, output="probability"))
         assert rows == 20
         coarse, first = spent(lambda: infer(triton, image, outputs=ATTRIBUTION, n_steps=400, tolerance="0.1"))
-        fine, more = spent(lambda: infer(triton, image, outputs=ATTRIBUTION, n_steps=400, tolerance="0.02"))
+        fine, _ = spent(lambda: infer(triton, image, outputs=ATTRIBUTION, n_steps=400, tolerance="0.02"))
         assert first > 0
         assert fine["N_STEPS"] > coarse["N_STEPS"]
         metrics = urllib.request.urlopen(keeping.metrics_url, timeout=10).read().decode()
