@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -158,10 +159,15 @@ def _resolved(network: str) -> str:
 
 
 def repository_with(network: str) -> Path:
-    """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise."""
+    """A copy of the model repository that serves a network of ``NETWORKS``, whatever is served otherwise.
+
+    It is for tests and benchmarks, which repeat requests and count or time their gradients. So it keeps no answers.
+    """
     copy = OUTPUTS / "repositories" / network
     copy_models(copy)
     ensure_exported(copy, network)
+    config = copy / "integrated_gradients" / "config.pbtxt"
+    config.write_text(re.sub(r'(key: "kept_bytes"\s+value: { string_value: ")\d+', r"\g<1>0", config.read_text()))
     return copy
 
 

@@ -232,6 +232,30 @@ def test_cancelling_a_task_cancels_the_request_on_the_server(server, image_file)
     assert rows_passed(server) - before == spent <= 64
 
 
+def test_several_classes_of_one_image_are_one_request_with_an_answer_for_each(server, image_file):
+    label = CLASSES[3]
+    with ExplainClient(server.grpc_url) as client:
+        before = rows_passed(server)
+        answers = client.explain(image_file, targets=[0, label, 7], n_steps=4, want=["saliency"])
+        assert rows_passed(server) - before == 3 * 4
+        alone = [client.explain(image_file, target=each, n_steps=4, want=["saliency"]) for each in (0, 3, 7)]
+        with pytest.raises(ValueError, match="`targets` takes at least one class"):
+            client.explain(image_file, targets=[])
+        with pytest.raises(ValueError, match="`target` must be absent"):
+            client.explain(image_file, target=1, targets=[2])
+
+    async def ask():
+        async with AsyncExplainClient(server.grpc_url) as client:
+            return await client.explain(image_file, targets=[0, label, 7], n_steps=4, want=["saliency"])
+
+    for several in (answers, asyncio.run(ask())):
+        assert [each.explained_class for each in several] == [0, 3, 7]
+        assert [each.explained_label for each in several] == [CLASSES[0], label, CLASSES[7]]
+        for one, other in zip(several, alone):
+            assert relative_distance(one.saliency, other.saliency) <= 1e-5
+            assert one.convergence_delta == pytest.approx(other.convergence_delta, abs=1e-4)
+
+
 @pytest.mark.parametrize("shared_memory", [None, "system"])
 def test_tensors_go_through_shared_memory_or_the_connection(server, triton, image_file, shared_memory):
     pixels = scene_pixels(0)[None].numpy().repeat(2, axis=0)

@@ -35,7 +35,7 @@ def told():
 
 
 def test_histograms_are_cumulative_counters(told):
-    metrics = AttributionMetrics(lambda name, *_: Family(name, told), {"pid": "7"}, lambda: 3)
+    metrics = AttributionMetrics(lambda name, *_: Family(name, told), {"pid": "7"}, {"waiting_images": lambda: 3})
     metrics.close()  # the test flushes itself instead of the thread
     for value in (10, 20, 21, 5000):
         metrics.observe("steps", value, method="calibrated")
@@ -59,7 +59,7 @@ def test_histograms_are_cumulative_counters(told):
 
 
 def test_a_server_without_metrics_is_no_hindrance():
-    metrics = AttributionMetrics(lambda *_: None, {}, lambda: 0)
+    metrics = AttributionMetrics(lambda *_: None, {}, {"waiting_images": lambda: 0})
     metrics.close()
     metrics.count("requests_total", outcome="explained")
     metrics.observe("steps", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +23,7 @@ class MadeUpPath:
     rows_left: int
     overlap: int = 0
     shape: str = "square"
+    points: Hashable = None
 
 
 @pytest.fixture
@@ -232,3 +234,18 @@ def test_more_than_may_wait_is_rejected_and_says_so(waiting, wait_seconds, messa
     with pytest.raises(OverloadedError, match=message):
         Admission(5, 10).check(2, 50, waiting, wait_seconds)
     Admission(5, 10).check(2, 50, waiting - 1, wait_seconds - 1)
+
+
+def test_the_scheduler_starts_with_a_path_those_that_can_share_its_rows():
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(8, shares=True)
+    tasks = [Task(20, 0, sharing_key=key) for key in ("a", "b", "a", None)]
+    for task in tasks:
+        scheduler.add(task)
+    started = []
+    while (task := scheduler.next_to_start()) is not None:
+        scheduler.start(task, MadeUpPath(20, points=task.sharing_key))
+        started.append(tasks.index(task))
+    assert started == [0, 2]
+    (piece,) = scheduler.next_chunk(equal=True)
+    assert piece.rows == slice(0, 8)
+    assert [task for task, _ in piece.members] == [tasks[0], tasks[2]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import grpc
 import tritonclient.grpc.aio as triton
@@ -17,19 +17,21 @@ from explain_client.client import DEFAULT_WANT
 from explain_client.connection import TLS, Url, connect
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
-from explain_client.labels import names_labels, with_classes
+from explain_client.labels import class_number, names_labels, with_classes
 from explain_client.many import in_order_async
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
     Model,
     Wanted,
+    classes_call,
     classify_call,
     explain_call,
     is_final,
     labels_call,
     network_call,
     read_explanation,
+    read_explanations,
     read_labels,
     read_network,
     read_predictions,
@@ -107,16 +109,44 @@ class AsyncExplainClient:
         """See ``ExplainClient.classify``."""
         return read_predictions(await self._infer(classify_call(image, top_k)))
 
+    @overload
     async def explain(
         self,
         image: ImageSource,
         *,
         target: int | str | None = None,
+        targets: None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
         **parameters: Unpack[Parameters],
-    ) -> Explanation:
+    ) -> Explanation: ...
+
+    @overload
+    async def explain(
+        self,
+        image: ImageSource,
+        *,
+        targets: Sequence[int | str],
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> tuple[Explanation, ...]: ...
+
+    async def explain(
+        self,
+        image: ImageSource,
+        *,
+        target: int | str | None = None,
+        targets: Sequence[int | str] | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> Explanation | tuple[Explanation, ...]:
         """See ``ExplainClient.explain``."""
+        if targets is not None:
+            if target is not None:
+                raise ValueError("`target` must be absent beside `targets`")
+            return await self._explain_classes(image, targets, top_k, want, parameters)
         call = await self._call("explain", image, target, top_k, want, parameters)
         started = time.perf_counter()
         result = await self._infer(call)
@@ -222,6 +252,25 @@ class AsyncExplainClient:
         labels = await self.labels() if names_labels(target, parameters) else ()
         number, numbers = with_classes(target, parameters, labels)
         return explain_call(model, image, number, top_k, want, numbers)
+
+    async def _explain_classes(
+        self,
+        image: ImageSource,
+        targets: Sequence[int | str],
+        top_k: int,
+        want: Collection[Wanted],
+        parameters: Parameters,
+    ) -> tuple[Explanation, ...]:
+        named = [target for target in targets if names_labels(target, parameters)]
+        labels = await self.labels() if named else ()
+        numbers = with_classes(None, parameters, labels)[1]
+        classes = [class_number(target, labels) for target in targets]
+        call = classes_call(image, classes, top_k, want, numbers)
+        started = time.perf_counter()
+        result = await self._infer(call)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        answers = read_explanations(call, result, milliseconds)
+        return tuple([await self._labelled(call, answer) for answer in answers])
 
     async def _labelled(self, call: Call, answer: Answer) -> Answer:
         return answer if has_label(answer) else with_label(answer, await self.labels(), call.explains_prediction)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import grpc
 import tritonclient.grpc as triton
@@ -15,13 +15,14 @@ from tritonclient.utils import InferenceServerException
 from explain_client.connection import TLS, Url, connect, response_stream
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
-from explain_client.labels import names_labels, with_classes
+from explain_client.labels import class_number, names_labels, with_classes
 from explain_client.many import in_order
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
     Model,
     Wanted,
+    classes_call,
     classify_call,
     explain_call,
     is_final,
@@ -29,6 +30,7 @@ from explain_client.protocol import (
     message_of,
     network_call,
     read_explanation,
+    read_explanations,
     read_labels,
     read_network,
     read_predictions,
@@ -118,28 +120,58 @@ class ExplainClient:
         """The likeliest classes of one image, best first."""
         return read_predictions(self._infer(classify_call(image, top_k)))
 
+    @overload
     def explain(
         self,
         image: ImageSource,
         *,
         target: int | str | None = None,
+        targets: None = None,
         top_k: int = 5,
         want: Collection[Wanted] = DEFAULT_WANT,
         **parameters: Unpack[Parameters],
-    ) -> Explanation:
+    ) -> Explanation: ...
+
+    @overload
+    def explain(
+        self,
+        image: ImageSource,
+        *,
+        targets: Sequence[int | str],
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> tuple[Explanation, ...]: ...
+
+    def explain(
+        self,
+        image: ImageSource,
+        *,
+        target: int | str | None = None,
+        targets: Sequence[int | str] | None = None,
+        top_k: int = 5,
+        want: Collection[Wanted] = DEFAULT_WANT,
+        **parameters: Unpack[Parameters],
+    ) -> Explanation | tuple[Explanation, ...]:
         """The prediction for one image and the attribution that explains it.
 
         Args:
             image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3].
             target: the class to explain, by number or label; the predicted one if absent.
+            targets: several classes, instead of ``target``: the result has an explanation for each, in their order. The
+                server computes them together, three in about twice the time of one.
             top_k: how many predictions to return.
             want: tensors to transfer: ``saliency``, ``attributions``, ``heatmap``.
             parameters: request parameters of the serving contract: ``n_steps``, ``tolerance``, ``baseline``, ...
 
         Raises:
             TypeError: a name in ``parameters`` is none of the contract.
-            ValueError: ``target`` or ``contrast`` is a label that the server does not have.
+            ValueError: ``target``, ``targets`` or ``contrast`` is a label that the server does not have.
         """
+        if targets is not None:
+            if target is not None:
+                raise ValueError("`target` must be absent beside `targets`")
+            return self._explain_classes(image, targets, top_k, want, parameters)
         call = self._call("explain", image, target, top_k, want, parameters)
         started = time.perf_counter()
         result = self._infer(call)
@@ -224,6 +256,25 @@ class ExplainClient:
         labels = self.labels() if names_labels(target, parameters) else ()
         number, numbers = with_classes(target, parameters, labels)
         return explain_call(model, image, number, top_k, want, numbers)
+
+    def _explain_classes(
+        self,
+        image: ImageSource,
+        targets: Sequence[int | str],
+        top_k: int,
+        want: Collection[Wanted],
+        parameters: Parameters,
+    ) -> tuple[Explanation, ...]:
+        named = [target for target in targets if names_labels(target, parameters)]
+        labels = self.labels() if named else ()
+        numbers = with_classes(None, parameters, labels)[1]
+        classes = [class_number(target, labels) for target in targets]
+        call = classes_call(image, classes, top_k, want, numbers)
+        started = time.perf_counter()
+        result = self._infer(call)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        answers = read_explanations(call, result, milliseconds)
+        return tuple([self._labelled(call, answer) for answer in answers])
 
     def _labelled(self, call: Call, answer: Answer) -> Answer:
         """The answer with its explained class's label, which is among the predictions or asked for."""

@@ -44,6 +44,15 @@ def names_labels(target: int | str | None, parameters: Mapping[str, Any]) -> boo
     return any(isinstance(name, str) for name in (target, parameters.get("contrast")))
 
 
+def class_number(target: int | str, labels: Sequence[str]) -> int:
+    """The number of a target.
+
+    Raises:
+        ValueError: it is a label that the server does not have.
+    """
+    return class_of(target, labels, "target") if isinstance(target, str) else target
+
+
 def with_classes(
     target: int | str | None, parameters: Mapping[str, Any], labels: Sequence[str]
 ) -> tuple[int | None, dict[str, Any]]:
@@ -53,8 +62,8 @@ def with_classes(
         ValueError: there is no such class.
     """
     numbers = dict(parameters)
-    if isinstance(target, str):
-        target = class_of(target, labels, "target")
+    if target is not None:
+        target = class_number(target, labels)
     if isinstance(numbers.get("contrast"), str):
         numbers["contrast"] = class_of(numbers["contrast"], labels, "contrast")
     return target, numbers

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -89,15 +89,35 @@ def explain_call(
     return Call(model, inputs, outputs, as_sent(parameters), target == PREDICTED_CLASS)
 
 
+def classes_call(
+    image: ImageSource, targets: Sequence[int], top_k: int, want: Collection[Wanted], parameters: Mapping[str, Any]
+) -> Call:
+    """A request to ``explain`` for several classes of one image, which the server explains together.
+
+    Raises:
+        ValueError: there are no targets, or ``want`` has an unknown name.
+        TypeError: ``parameters`` has one.
+    """
+    if not targets:
+        raise ValueError("`targets` takes at least one class")
+    file = encoded(image)
+    call = explain_call("explain", file, None, top_k, want, parameters)
+    images = triton.InferInput("IMAGE", [len(targets), 1], "BYTES")
+    images.set_data_from_numpy(np.array([[file]] * len(targets), np.object_))
+    classes = triton.InferInput("TARGET", [len(targets), 1], "INT64")
+    classes.set_data_from_numpy(np.array(targets, np.int64)[:, None])
+    return replace(call, inputs=[images, classes], explains_prediction=False)
+
+
 def labels_call() -> Call:
     """A request for the probabilities of all classes, with their labels."""
     return classify_call(_BLANK, ALL_CLASSES)
 
 
-def read_predictions(result: triton.InferResult) -> tuple[Prediction, ...]:
+def read_predictions(result: triton.InferResult, row: int = 0) -> tuple[Prediction, ...]:
     """Read Triton's classification extension, ``probability:index:label`` for each class."""
     predictions = []
-    for entry in result.as_numpy("PROBABILITIES")[0]:
+    for entry in result.as_numpy("PROBABILITIES")[row]:
         probability, index, *label = entry.decode().split(":", 2)
         predictions.append(Prediction(int(index), label[0] if label else index, float(probability)))
     return tuple(predictions)
@@ -110,8 +130,17 @@ def read_labels(result: triton.InferResult) -> tuple[str, ...]:
 
 def read_explanation(call: Call, result: triton.InferResult, milliseconds: float) -> Explanation:
     """The answer of ``explain``."""
-    predictions, explained = _classification(call, result)
-    return Explanation(**_attribution(result, milliseconds), predictions=predictions, explained_class=explained)
+    return read_explanations(call, result, milliseconds)[0]
+
+
+def read_explanations(call: Call, result: triton.InferResult, milliseconds: float) -> tuple[Explanation, ...]:
+    """The answers of ``explain`` to a request of one row or several."""
+    explanations = []
+    for row in range(len(result.as_numpy("EXPLAINED_CLASS"))):
+        predictions, explained = _classification(call, result, row)
+        attribution = _attribution(result, milliseconds, row)
+        explanations.append(Explanation(**attribution, predictions=predictions, explained_class=explained))
+    return tuple(explanations)
 
 
 def read_response(call: Call, result: triton.InferResult, milliseconds: float) -> Classification | Level:
@@ -157,29 +186,29 @@ def is_final(result: triton.InferResult) -> bool:
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
-def _classification(call: Call, result: triton.InferResult) -> tuple[tuple[Prediction, ...], int]:
+def _classification(call: Call, result: triton.InferResult, row: int = 0) -> tuple[tuple[Prediction, ...], int]:
     """The predictions and the explained class.
 
     Where that is the predicted one it comes first. The server takes the largest logit; Triton sorts the probabilities,
     which may tie where the logits do not.
     """
-    predictions, explained = read_predictions(result), int(result.as_numpy("EXPLAINED_CLASS")[0, 0])
+    predictions, explained = read_predictions(result, row), int(result.as_numpy("EXPLAINED_CLASS")[row, 0])
     if call.explains_prediction:
         predictions = tuple(sorted(predictions, key=lambda prediction: prediction.index != explained))
     return predictions, explained
 
 
-def _attribution(result: triton.InferResult, milliseconds: float) -> dict[str, Any]:
-    delta, steps, error = (result.as_numpy(name)[0, 0] for name in _SCALARS)
+def _attribution(result: triton.InferResult, milliseconds: float, row: int = 0) -> dict[str, Any]:
+    delta, steps, error = (result.as_numpy(name)[row, 0] for name in _SCALARS)
     tensors = {name: result.as_numpy(output) for name, output in TENSORS.items()}
     return {
         "convergence_delta": float(delta),
         "n_steps": int(steps),
         "error_estimate": float(error),
         "milliseconds": milliseconds,
-        "saliency": None if tensors["saliency"] is None else tensors["saliency"][0],
-        "attributions": None if tensors["attributions"] is None else tensors["attributions"][0],
-        "heatmap_png": None if tensors["heatmap"] is None else bytes(tensors["heatmap"][0, 0]),
+        "saliency": None if tensors["saliency"] is None else tensors["saliency"][row],
+        "attributions": None if tensors["attributions"] is None else tensors["attributions"][row],
+        "heatmap_png": None if tensors["heatmap"] is None else bytes(tensors["heatmap"][row, 0]),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from attribution_job import Explanation, Job, mean_explanation
-from classifier_network import CapturedPasses, EagerPasses, Network
+from classifier_network import CapturedPasses, EagerPasses, Network, Rows
 from error_law import TYPICAL_LAW
 from integration_path import IntegrationPath, StartPoint, place_end_points
 from pass_clock import Pass, PassClock
@@ -48,7 +48,15 @@ class _JobTask(Task):
     """A waiting or running job: the noise samples still to draw, and the explanations of those that have finished."""
 
     def __init__(self, job: Job, expected_rows: int, rows_before: int) -> None:
-        super().__init__(expected_rows, rows_before, job.nt_samples, job.deadline, job.request_start, job.is_cancelled)
+        super().__init__(
+            expected_rows,
+            rows_before,
+            job.nt_samples,
+            job.deadline,
+            job.request_start,
+            job.is_cancelled,
+            job.sharing_key,
+        )
         self.job = job
         self.explanations: list[Explanation] = []
         self._started = math.nan
@@ -98,7 +106,8 @@ class AttributionEngine:
         self.network = network if isinstance(network, Network) else Network(network)
         self.max_rows = max_rows
         self.density = density
-        self.rows_passed = 0  # in all
+        self.rows_passed = 0  # gradients in all
+        self.rows_shared = 0  # those that took no forward pass of their own
         self.chunks_passed: Counter[int] = Counter()  # by their rows
         self.clock = PassClock()
         self._multiply_by_inputs = multiply_by_inputs
@@ -146,7 +155,7 @@ class AttributionEngine:
         limit = self.max_rows if max_rows is None else min(max_rows, self.max_rows)
         if limit < 1:
             raise ValueError(f"a pass takes at least one row, not {limit}")
-        scheduler = _Scheduler(limit)
+        scheduler = _Scheduler(limit, self.passes.shares)
         with self._lock:
             self._scheduler = scheduler
             try:
@@ -206,8 +215,16 @@ class AttributionEngine:
         """Schedule, run and commit one chunk; yields tasks that have finished."""
         while (task := scheduler.next_to_start()) is not None:
             sharing = scheduler.deadline_paths + (task.job.deadline is None)
-            rule = self._rule(task.job, sharing)
-            path = IntegrationPath(task.job, task.draw_image(), rule, self.network, self._multiply_by_inputs)
+            image = task.draw_image()
+            if task.job.state is not None:
+                path = IntegrationPath.resumed(task.job, self.network)
+                scheduler.start(task, path)
+                if not path.goes_on(self._affordable_steps(task.job, path.overlap, sharing)):
+                    self._finish(task, path, scheduler, with_delta)
+                continue
+            path = IntegrationPath(
+                task.job, image, self._rule(task.job, sharing), self.network, self._multiply_by_inputs
+            )
             scheduler.start(task, path)
         self._finish_late(scheduler, with_delta)
         yield from scheduler.take_finished()  # before another pass
@@ -241,7 +258,8 @@ class AttributionEngine:
 
         If the device has too little memory, half of the rows are taken now and the others later.
         """
-        place_end_points([piece.path for piece in chunk if not piece.path.is_placed], self.network, self._known_starts)
+        members = [path for piece in chunk for _, path in piece.members]
+        place_end_points([path for path in members if not path.is_placed], self.network, self._known_starts)
         first = chunk[0].path
         buffers = self.passes.buffers(first.start.features, first.image.dtype)
         any_paired = any(piece.path.overlap for piece in chunk)
@@ -250,7 +268,7 @@ class AttributionEngine:
             for piece in chunk:
                 piece.path.fill(buffers[piece.rows])
             try:
-                gradients = self.passes.gradients(buffers, rows, any_paired)
+                shared = self._add_gradients(chunk, buffers, rows, any_paired)
                 break
             except torch.OutOfMemoryError:
                 smaller = halve(chunk)
@@ -260,22 +278,51 @@ class AttributionEngine:
                 chunk = smaller
                 if first.image.device.type == "cuda":
                     torch.cuda.empty_cache()
-        for piece in chunk:
-            piece.path.add(gradients[piece.rows])
-            piece.task.rows_spent += piece.rows.stop - piece.rows.start
-        self.rows_passed += rows
+        self.rows_passed += rows + shared
+        self.rows_shared += shared
         self.chunks_passed[rows] += 1
-        self._untimed.append(Pass(rows, any_paired))
+        self._untimed.append(Pass(rows, any_paired, shared))
         return chunk
+
+    def _add_gradients(self, chunk: _Chunk, buffers: Rows, rows: int, any_paired: bool) -> int:
+        """Take the gradients of a chunk whose first ``rows`` rows are filled; returns how many shared a forward pass.
+
+        Memory for the companions' backward passes may be missing: then those companions go on by themselves.
+        """
+        companions = len(chunk[0].companions)
+        if not companions:
+            self._add(chunk, 0, self.passes.gradients(buffers, rows, any_paired))
+            return 0
+        objectives = [buffers, *(buffers.with_other_objectives() for _ in range(companions))]
+        for piece in chunk:
+            for (_, path), others in zip(piece.companions, objectives[1:]):
+                path.fill_objective(others[piece.rows])
+        taken = 0
+        try:
+            for gradients in self.passes.shared_gradients(objectives, rows, any_paired):
+                self._add(chunk, taken, gradients)
+                taken += 1
+        except torch.OutOfMemoryError:
+            if not taken:
+                raise
+            logger.warning("no memory for a backward pass over %d rows: it is repeated alone", rows)
+        return (taken - 1) * rows
+
+    def _add(self, chunk: _Chunk, member: int, gradients: Tensor) -> None:
+        """Add gradients of a chunk to one of the members of each piece."""
+        for piece in chunk:
+            task, path = piece.members[member]
+            path.add(gradients[piece.rows])
+            task.rows_spent += piece.rows.stop - piece.rows.start
 
     def _commit(self, chunk: _Chunk, scheduler: _Scheduler, with_delta: bool) -> None:
         """Begin the next stage of each path whose stage is complete, or finish the path."""
-        for piece in chunk:
-            if piece.path.rows_left:
+        for task, path in (member for piece in chunk for member in piece.members):
+            if path.rows_left:
                 continue
             sharing = max(1, scheduler.deadline_paths)
-            if not piece.path.next_stage(self._affordable_steps(piece.task.job, piece.path.overlap, sharing)):
-                self._finish(piece.task, piece.path, scheduler, with_delta)
+            if not path.next_stage(self._affordable_steps(task.job, path.overlap, sharing)):
+                self._finish(task, path, scheduler, with_delta)
 
     def _finish(self, task: _JobTask, path: IntegrationPath, scheduler: _Scheduler, with_delta: bool) -> None:
         task.explanations.append(path.explanation(with_delta))
@@ -285,7 +332,7 @@ class AttributionEngine:
         """Record the time since the last record, with what came between the passes, once the device has finished."""
         device = chunk[0].path.image.device
         if device.type == "cuda":
-            has_deadline = any(piece.task.deadline is not None for piece in chunk)
+            has_deadline = any(task.deadline is not None for piece in chunk for task, _ in piece.members)
             if not has_deadline and len(self._untimed) < PASSES_TIMED_TOGETHER:
                 return
             torch.cuda.synchronize(device)

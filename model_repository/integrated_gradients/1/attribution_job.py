@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from request_admission import RequestStart
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from path_rules import Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +59,12 @@ class Job:
     seed: int = 0
     image_logits: Tensor | None = None  # [classes], of the image without noise; computed where absent and needed
     baseline_key: Hashable = None  # equal keys promise equal baselines, which are evaluated once
+    ends_key: Hashable = None  # equal keys promise equal images and baselines, whose forward passes may be shared
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
     request_start: RequestStart = field(default_factory=RequestStart)
     rule: tuple[Tensor, Tensor] | None = None
+    keeps_state: bool = False  # the explanation has a ``state``, unless there is noise
+    state: PathState | None = None  # where a job with a tolerance or a deadline goes on
 
     @property
     def refines(self) -> bool:
@@ -70,6 +77,13 @@ class Job:
         return "probability" if self.probability else "logit"
 
     @property
+    def sharing_key(self) -> Hashable:
+        """Jobs of equal keys begin with the same points of the same path; None if it may share none."""
+        if self.ends_key is None or self.stdevs or self.rule is not None:
+            return None
+        return self.ends_key, self.n_steps, self.method, self.tolerance, self.part, self.parts, self.probability
+
+    @property
     def classes(self) -> list[int]:
         """The class that is explained, and the one that is subtracted if there is one."""
         return [self.target] if self.contrast is None else [self.target, self.contrast]
@@ -78,6 +92,23 @@ class Job:
         """The explained function of logits [classes], a scalar."""
         values = logits.softmax(dim=-1) if self.probability else logits
         return values[self.target] if self.contrast is None else values[self.target] - values[self.contrast]
+
+
+@dataclass(frozen=True, eq=False)
+class PathState:
+    """The complete stages of a path, from which another job with the same path and function goes on.
+
+    Attributes:
+        start_logits: [classes], of the baseline.
+        rule: after its last complete stage; None if there can be no other stage.
+        attributions: of that stage, shaped like the image.
+        difference: relative norm of the difference that estimates its error.
+    """
+
+    start_logits: Tensor
+    rule: Rule | None = None
+    attributions: Tensor | None = None
+    difference: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +125,7 @@ class Explanation:
             output's change.
         started: by ``time.monotonic``, when its first path was started.
         seconds: from there to the last row, other jobs' passes included; on a GPU, as seen from the CPU.
+        state: of its path, if the job keeps it.
     """
 
     attributions: Tensor
@@ -103,6 +135,7 @@ class Explanation:
     weight_sum: float = 1.0
     started: float = math.nan
     seconds: float = 0.0
+    state: PathState | None = None
 
 
 def mean_explanation(samples: Sequence[Explanation]) -> Explanation:

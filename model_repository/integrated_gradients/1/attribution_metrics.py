@@ -29,6 +29,10 @@ BUCKETS = {
 PREFIX = "integrated_gradients_"
 DESCRIPTIONS = {
     "rows_total": "Gradients taken: images at one point of their path",
+    "shared_rows_total": "Gradients of further classes, which shared the forward pass of another one",
+    "answers_total": "Images by how their gradients were got: hit (kept), joined (of an equal image under way), "
+    "continued (some kept), miss",
+    "kept_bytes": "Bytes of kept answers",
     "chunks_total": "Forward and backward passes",
     "explanations_total": "Images explained, by method",
     "requests_total": "Requests by outcome, health checks apart",
@@ -41,6 +45,7 @@ DESCRIPTIONS = {
     "wait_seconds": "From a request's arrival to its first gradient",
     "compute_seconds": "From an image's first gradient to its explanation",
 }
+ANSWER_SOURCES = ("hit", "joined", "continued", "miss")
 OUTCOMES = ("explained", *STATUSES)
 Labels = tuple[tuple[str, str], ...]
 
@@ -52,7 +57,7 @@ class AttributionMetrics:
         make_family: called with name, description and whether it is a gauge; returns a family as Triton's
             ``pb_utils.MetricFamily``, or None where the server takes no metrics.
         labels: of all metrics; they must differ between processes.
-        waiting: returns the number of images that wait for gradients or get them.
+        gauges: return the present values of gauges, by name.
         before_flush: called before each flush.
     """
 
@@ -60,18 +65,20 @@ class AttributionMetrics:
         self,
         make_family: Callable[[str, str, bool], Any | None],
         labels: Mapping[str, str],
-        waiting: Callable[[], int],
+        gauges: Mapping[str, Callable[[], float]],
         before_flush: Callable[[], None] = lambda: None,
     ) -> None:
-        self._make_family, self._labels, self._waiting = make_family, dict(labels), waiting
+        self._make_family, self._labels, self._gauges = make_family, dict(labels), gauges
         self._before_flush = before_flush
         self._lock = threading.Lock()
         self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, Labels], Any] = {}
         self._is_over = threading.Event()
-        for name in ("rows_total", "chunks_total"):
+        for name in ("rows_total", "chunks_total", "shared_rows_total"):
             self.count(name, 0)
+        for source in ANSWER_SOURCES:
+            self.count("answers_total", 0, source=source)
         for outcome in OUTCOMES:  # Prometheus sees the first failure only as a rise from 0
             self.count("requests_total", 0, outcome=outcome)
             self.count("probes_total", 0, outcome=outcome)
@@ -111,9 +118,10 @@ class AttributionMetrics:
             metric = self._metric(name, labels)
             if metric is not None and (more or name.endswith("_total")):
                 metric.increment(more)
-        gauge = self._metric("waiting_images", (), is_gauge=True)
-        if gauge is not None:
-            gauge.set(self._waiting())
+        for name, value in self._gauges.items():
+            gauge = self._metric(name, (), is_gauge=True)
+            if gauge is not None:
+                gauge.set(value())
 
     def _flush_at_intervals(self) -> None:
         while not self._is_over.wait(FLUSH_SECONDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # pb_utils has its types only inside Triton
 
+import hashlib
 import json
 import math
 import threading
@@ -40,12 +41,14 @@ class Work:
         logits: float32 [n, classes].
         targets: explained classes, resolved.
         parameters: the request's.
+        digests: SHA-256 of each image's pixels.
     """
 
     pixels: Tensor
     logits: Tensor
     targets: list[int]
     parameters: AttributionParameters
+    digests: list[bytes]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class RequestReader:
 
     Attributes:
         device: of the engine.
+        model_sha256: of the classifier's file.
         classes: of the network.
         limits: of the server.
         foreign_parameters: names that belong to other steps of the ensemble.
@@ -62,6 +66,7 @@ class RequestReader:
     """
 
     device: torch.device
+    model_sha256: str
     classes: int
     limits: Limits
     foreign_parameters: Set[str]
@@ -98,7 +103,8 @@ class RequestReader:
                 )
             if parameters.contrast in targets:
                 raise ParameterError(f"parameter 'contrast' must not be the explained class, {parameters.contrast}")
-        return Work(pixels.to(self.device), logits.to(self.device), targets, parameters)
+        digests = [hashlib.sha256(image.numpy()).digest() for image in pixels]
+        return Work(pixels.to(self.device), logits.to(self.device), targets, parameters, digests)
 
     def _check_tensors(self, pixels: Tensor, logits: Tensor) -> None:
         if pixels.dim() != 4 or logits.dim() != 2:  # Triton 2.51 drops the batch dimension of an empty batch
@@ -116,6 +122,7 @@ class RequestReader:
         """One job for each image."""
         asked = work.parameters
         deadline = None if asked.deadline_ms is None else reply.arrived + asked.deadline_ms / 1000
+        baseline_seed = asked.seed if asked.baseline == "noise" else None
         return [
             Job(
                 image=image,
@@ -134,9 +141,11 @@ class RequestReader:
                 seed=asked.seed,
                 image_logits=logits,
                 baseline_key=asked.baseline if asked.baseline in Baselines.CONSTANT else None,
+                # A health check is to find out whether gradients can be taken.
+                ends_key=None if reply.is_probe else (self.model_sha256, digest, asked.baseline, baseline_seed),
                 is_cancelled=reply.is_unwanted,
             )
-            for image, logits, target in zip(work.pixels, work.logits, work.targets)
+            for image, logits, target, digest in zip(work.pixels, work.logits, work.targets, work.digests)
         ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class Rows:
             torch.zeros(count, 1, dtype=torch.bool, device=device),
             torch.zeros(count, dtype=torch.bool, device=device),
         )
+
+    def with_other_objectives(self) -> Rows:
+        """The same features, with objectives of their own to be written."""
+        others = (torch.zeros_like(each) for each in (self.classes, self.signs, self.on_probability))
+        return replace(self, **dict(zip(("classes", "signs", "on_probability"), others)))
 
     def __getitem__(self, rows: slice) -> Rows:
         """Views of a slice of the rows."""
@@ -119,6 +125,21 @@ class Network:
         Raises:
             UnsupportedOutputError: the network does not return [rows, classes].
         """
+        (gradients,) = self.shared_gradients([rows], any_paired)
+        return gradients
+
+    def shared_gradients(self, objectives: Sequence[Rows], any_paired: bool = False) -> Iterator[Tensor]:
+        """The same for several objectives of each row: one forward pass, and a backward pass for each objective.
+
+        Args:
+            objectives: rows that differ in their objectives alone.
+            any_paired: see ``row_gradients``.
+
+        Yields:
+            For each of ``objectives`` its gradients. The next backward pass runs when they are asked for, so that only
+            one's are held.
+        """
+        rows = objectives[0]
         features = rows.features.detach().to(self.precision or rows.features.dtype).requires_grad_()
         # TorchScript's optimiser would differentiate parts of the network by itself, with more passes over memory.
         with torch.enable_grad(), torch.jit.optimized_execution(False):
@@ -128,18 +149,23 @@ class Network:
                 logits = _logits(self._row_module.tail(features) if self.hoists else self._row_module(features))
         if logits.dim() != 2:
             raise UnsupportedOutputError
-        scores = logits.detach().to(rows.signs.dtype)
+        for each in objectives:
+            objective = self._output_gradient(each, logits.detach(), any_paired)
+            scales = self.precision == torch.float16
+            direction = (FLOAT16_GRADIENT_SCALE * objective if scales else objective).to(logits.dtype)
+            is_last = each is objectives[-1]
+            (gradients,) = torch.autograd.grad(logits, features, direction, retain_graph=not is_last)
+            yield gradients.float() / FLOAT16_GRADIENT_SCALE if scales else gradients
+
+    def _output_gradient(self, rows: Rows, logits: Tensor, any_paired: bool) -> Tensor:
+        """Gradients of each row's objective with respect to its logits, both [rows, classes]."""
+        scores = logits.to(rows.signs.dtype)
         direction = torch.zeros_like(scores).scatter_add_(1, rows.classes, rows.signs)
         through_softmax = _softmax_gradient(scores, direction)
         if any_paired:
             mean = _mean_softmax_gradient(scores, direction)
             through_softmax = torch.where(rows.paired[:, None], mean, through_softmax)
-        objective = torch.where(rows.on_probability, through_softmax, direction)
-        if self.precision != torch.float16:
-            (gradients,) = torch.autograd.grad(logits, features, objective.to(logits.dtype))
-            return gradients
-        (gradients,) = torch.autograd.grad(logits, features, (FLOAT16_GRADIENT_SCALE * objective).to(logits.dtype))
-        return gradients.float() / FLOAT16_GRADIENT_SCALE
+        return torch.where(rows.on_probability, through_softmax, direction)
 
 
 def _softmax_gradient(logits: Tensor, direction: Tensor) -> Tensor:
@@ -186,6 +212,8 @@ def _logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 class EagerPasses:
     """Passes over up to ``max_rows`` rows. Their inputs are written in place, into buffers that are kept."""
 
+    shares = True  # a forward pass may have several backward passes
+
     def __init__(self, network: Network, max_rows: int) -> None:
         self._network, self._max_rows = network, max_rows
         self._buffers: dict[tuple[Any, ...], Rows] = {}
@@ -202,6 +230,10 @@ class EagerPasses:
         """``Network.row_gradients`` of the first ``count`` rows of a buffer, valid until the next call."""
         return self._network.row_gradients(rows[:count], any_paired)
 
+    def shared_gradients(self, objectives: Sequence[Rows], count: int, any_paired: bool = False) -> Iterator[Tensor]:
+        """``Network.shared_gradients`` of the first ``count`` rows of a buffer."""
+        return self._network.shared_gradients([rows[:count] for rows in objectives], any_paired)
+
     def _drop(self) -> None:
         """Drop the buffers; only one shape's are kept at a time."""
         self._buffers.clear()
@@ -211,8 +243,10 @@ class CapturedPasses(EagerPasses):
     """The same passes as CUDA graphs, one for each of a few row counts, replayed without launch costs.
 
     A chunk is padded to the next count with rows whose signs are zero. The graphs read the same buffers and share their
-    memory.
+    memory. A graph has one backward pass.
     """
+
+    shares = False
 
     def __init__(self, network: Network, max_rows: int) -> None:
         super().__init__(network, max_rows)

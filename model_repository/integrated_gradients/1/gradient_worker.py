@@ -55,6 +55,14 @@ class GradientWorker:
             self._changed.notify()
         return wait
 
+    def check_room(self, jobs: int, others: int) -> None:
+        """Check that so many more jobs may wait, beside ``others`` that take no gradients of their own.
+
+        Raises:
+            OverloadedError: they may not.
+        """
+        self._admission.check(jobs, 0, self.waiting + others, 0.0)
+
     @property
     def waiting(self) -> int:
         """Jobs that wait or run."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from attribution_job import Explanation, Job
+from attribution_job import Explanation, Job, PathState
 from classifier_network import Network, Rows
 from path_quadrature import place_points, quadrature
 from path_rules import Rule
@@ -59,12 +59,38 @@ class IntegrationPath:
     start: StartPoint
     displacement: Tensor  # from start to end, behind the stem
 
-    def __init__(self, job: Job, image: Tensor, rule: Rule, network: Network, multiply_by_inputs: bool = True) -> None:
+    def __init__(
+        self, job: Job, image: Tensor, rule: Rule, network: Network | None, multiply_by_inputs: bool = True
+    ) -> None:
         self.job, self.image, self.rule = job, image, rule
-        self._network, self._multiply_by_inputs = network, multiply_by_inputs
+        self._given_network, self._multiply_by_inputs = network, multiply_by_inputs
         self._next_step = 0
         self._attributions: Tensor | None = None
+        self._state: PathState | None = None
         self.is_placed = False
+
+    @classmethod
+    def resumed(cls, job: Job, network: Network | None = None) -> IntegrationPath:
+        """The path of a job with a ``state``; call ``goes_on`` next.
+
+        Args:
+            job: with ``image_logits``.
+            network: needed only if the path goes on.
+        """
+        state = job.state
+        assert state is not None
+        assert state.rule is not None
+        path = cls(job, job.image, state.rule.resumed(job.tolerance, job.n_steps), network)
+        path.start = StartPoint(torch.empty(0), state.start_logits)  # until it is placed
+        path._attributions = state.attributions
+        path._state = state
+        return path
+
+    def goes_on(self, affordable: float) -> bool:
+        """Begin the next stage of a resumed path; False if it has reached its aim, or cannot afford more."""
+        assert self._state is not None
+        assert self._attributions is not None
+        return self.rule.refine(self._state.difference, _ratio(*self._gap(self._attributions).tolist()), affordable)
 
     @property
     def rows_left(self) -> int:
@@ -82,6 +108,13 @@ class IntegrationPath:
         """Only paths of equal shape share a chunk."""
         return self.image.shape
 
+    @property
+    def points(self) -> Hashable:
+        """Equal for paths whose next rows are the same points of the same path; None if they may not be shared."""
+        if self.job.sharing_key is None:
+            return None
+        return self.job.ends_key, self._next_step, self.overlap, self.rule.nodes.cpu().numpy().tobytes()
+
     def place(self, start: StartPoint, end: Tensor) -> None:
         """Set both end points; ``end`` [1, ...] is the image behind the stem."""
         self.start, self.displacement = start, end - start.features
@@ -89,16 +122,20 @@ class IntegrationPath:
 
     def fill(self, rows: Rows) -> None:
         """Write the inputs of the path's next rows into all of ``rows``."""
-        job = self.job
         nodes = self.rule.nodes[self._next_step : self._next_step + len(rows.signs)]
         place_points(self.start.features, self.displacement, nodes, rows.features)
+        rows.paired[:] = bool(self.rule.overlap)
+        rows.paired[-1] = False
+        self.fill_objective(rows)
+
+    def fill_objective(self, rows: Rows) -> None:
+        """Write which function of the logits is explained into all of ``rows``."""
+        job = self.job
         rows.classes[:, 0] = job.target
         rows.classes[:, 1] = job.target if job.contrast is None else job.contrast
         rows.signs[:, 0] = 1.0
         rows.signs[:, 1] = 0.0 if job.contrast is None else -1.0
         rows.on_probability[:] = job.probability
-        rows.paired[:] = bool(self.rule.overlap)
-        rows.paired[-1] = False
 
     def add(self, gradients: Tensor) -> None:
         """Add the gradients of the rows that ``fill`` wrote."""
@@ -113,6 +150,9 @@ class IntegrationPath:
             return False
         stage = self.estimate_error(difference)
         self._attributions = stage.attributions
+        if self.job.keeps_state and not self.job.stdevs:
+            start = self._end_logits[1]
+            self._state = PathState(start, self.rule.completed(), stage.attributions, stage.difference)
         if not self.rule.refine(stage.difference, stage.gap, affordable):
             return False
         self._next_step = 0
@@ -120,7 +160,7 @@ class IntegrationPath:
 
     def finish_early(self) -> bool:
         """End in the middle of a stage; whether there is an answer."""
-        return self.rule.finish_early(self._next_step)
+        return self._attributions is not None or self.rule.finish_early(self._next_step)
 
     def estimate_error(self, difference: Tensor) -> StageError:
         """The rule's present answer as attributions, and the relative sizes that estimate its error.
@@ -129,13 +169,18 @@ class IntegrationPath:
             difference: [1, ...], between two weighted sums of gradients behind the stem.
         """
         attributions, difference_map = self._pull_back(torch.cat((self._gradient, difference)))
+        sizes = torch.stack((difference_map.norm(), attributions.norm()))
+        norms = torch.cat((sizes, self._gap(attributions))).tolist()
+        return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
+
+    def _gap(self, attributions: Tensor) -> Tensor:
+        """The completeness gap of attributions and what it is relative to, [2]."""
         change = self._change
         size = attributions.abs().sum()
         gap = attributions.sum() - change if self._multiply_by_inputs else torch.zeros_like(size)
         scale = torch.maximum(change.abs(), LEAST_CHANGE * size)
         gap = (gap.abs() - self._rounding).clamp_min(0)  # an image without anything to explain has no gap at all
-        norms = torch.stack((difference_map.norm(), attributions.norm(), gap, scale)).tolist()
-        return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
+        return torch.stack((gap, scale))
 
     def explanation(self, with_delta: bool) -> Explanation:
         """The explanation of a finished path."""
@@ -147,7 +192,15 @@ class IntegrationPath:
             weight_sum = quadrature(job.method, job.n_steps)[1][job.part :: job.parts].sum().item()
         if with_delta:
             delta = attributions.sum() - weight_sum * self._change
-        return Explanation(attributions, delta, self.rule.n_steps, self.rule.error_estimate, weight_sum)
+        state = self._state
+        if state is None and with_delta and job.keeps_state and not job.stdevs:
+            state = PathState(self._end_logits[1])
+        return Explanation(attributions, delta, self.rule.n_steps, self.rule.error_estimate, weight_sum, state=state)
+
+    @property
+    def _network(self) -> Network:
+        assert self._given_network is not None
+        return self._given_network
 
     @property
     def _gradient(self) -> Tensor:
@@ -201,18 +254,24 @@ def place_end_points(
     starts: dict[Hashable, StartPoint] = dict(known)
     # Evaluated once for all noise samples of a job in this call, and only once ever for a baseline with a key.
     baselines = {_start_key(path.job): path.job.baseline for path in paths if _start_key(path.job) not in starts}
-    features = network.stem(torch.stack([*(path.image for path in paths), *baselines.values()])).split(1)
-    for key, start_features in zip(baselines, features[len(paths) :]):
+    images = {_end_key(path): path.image for path in paths}
+    features = network.stem(torch.stack([*images.values(), *baselines.values()])).split(1)
+    for key, start_features in zip(baselines, features[len(images) :]):
         starts[key] = StartPoint(start_features.clone())
-    for path, end in zip(paths, features):
+    ends = dict(zip(images, features))
+    for path in paths:
         key = _start_key(path.job)
         if path.job.baseline_key is not None:
             known[key] = starts[key]
-        path.place(starts[key], end)
+        path.place(starts[key], ends[_end_key(path)])
 
 
 def _start_key(job: Job) -> Hashable:
     return job if job.baseline_key is None else job.baseline_key
+
+
+def _end_key(path: IntegrationPath) -> Hashable:
+    return path if path.job.sharing_key is None else path.job.ends_key
 
 
 def _ratio(part: float, whole: float) -> float:

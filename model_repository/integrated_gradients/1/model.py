@@ -26,6 +26,7 @@ from classifier_loading import check_classifier, check_gradients, load_classifie
 from cpu_quota import threads
 from engine_loading import build_engine
 from gradient_worker import GradientWorker
+from kept_answers import AnswerStore
 from load_errors import refusing_to_load
 from metric_families import metric_family
 from model_setup import ModelSetup
@@ -34,6 +35,7 @@ from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_admission import Admission, OverloadedError
 from request_parameters import ParameterError
 from response_cache import refuse_caches_around
+from shared_answers import SharedAnswers
 
 # Time for the last answers and metrics to be sent before the process ends.
 LAST_WORDS_SECONDS = 0.5
@@ -72,6 +74,7 @@ class TritonPythonModel:
         check_gradients(self.engine.network, files.model, shape, self.device)
         self.reader = RequestReader(
             self.device,
+            files.sha256,
             classes,
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
@@ -80,6 +83,7 @@ class TritonPythonModel:
         )
         self.hold_seconds = float(settings["hold_seconds"])
         self.chunks_counted: Counter[int] = Counter()
+        self.shared_counted = 0
         # With several instances, another one may still have room, so there is no breaker.
         groups = setup.config["instance_group"]
         instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups)
@@ -87,9 +91,12 @@ class TritonPythonModel:
         # Last: nothing must fail once the thread runs, and it inherits this thread's niceness.
         self.admission = Admission(float(settings["max_wait_seconds"]), int(settings["max_waiting_images"]))
         self.worker = GradientWorker(self.engine, self.device, self.admission)
+        store = AnswerStore(int(settings["kept_bytes"]))
+        self.answers = SharedAnswers(self.worker, store, self._count_answer)
         # Each process has its own metrics: Triton would drop shared ones when the first process unloads.
         labels = {"instance": args["model_instance_name"], "pid": str(os.getpid())}
-        self.metrics = AttributionMetrics(metric_family, labels, lambda: self.worker.waiting, self._count_chunks)
+        gauges = {"waiting_images": lambda: self.answers.waiting, "kept_bytes": lambda: store.size}
+        self.metrics = AttributionMetrics(metric_family, labels, gauges, self._count_chunks)
         limitation = getattr(module, "limitation", "") or "the file has no discrete ones"
         kind = "discrete" if self.engine.network.has_mean_slopes else f"those of points, because {limitation}"
         calibration = "calibrated" if density else _why_uncalibrated(files)
@@ -119,7 +126,7 @@ class TritonPythonModel:
         # No exception may reach Triton: it would answer requests a second time, and free them twice.
         try:
             accepted = _Request(self.reader.read(request), reply)
-            return self.worker.submit(self.reader.jobs(accepted.work, reply), partial(self._done, accepted))
+            return self.answers.submit(self.reader.jobs(accepted.work, reply), partial(self._done, accepted))
         except (ParameterError, TensorError) as refusal:
             self._refuse(reply, "invalid", str(refusal))
         except OverloadedError as refusal:
@@ -132,7 +139,7 @@ class TritonPythonModel:
         return 0.0
 
     def _done(self, request: _Request, number: int, outcome: Explanation | Exception | None) -> None:
-        """Called in the worker's thread when an image is done; answers the request after its last image."""
+        """Called when an image is done, in the worker's thread or in ``submit``; the last one answers the request."""
         if request.reply.is_sent.is_set():
             return  # another image of the request failed
         try:
@@ -193,6 +200,13 @@ class TritonPythonModel:
             self.metrics.count("rows_total", rows * times)
             self.metrics.count("chunks_total", times)
             self.metrics.observe("chunk_fill", rows / self.engine.max_rows, times)
+        shared = self.engine.rows_shared - self.shared_counted
+        self.shared_counted += shared
+        self.metrics.count("rows_total", shared)
+        self.metrics.count("shared_rows_total", shared)
+
+    def _count_answer(self, source: str) -> None:
+        self.metrics.count("answers_total", source=source)
 
     def _count_request(self, reply: Reply, outcome: str) -> None:
         self.metrics.count("probes_total" if reply.is_probe else "requests_total", outcome=outcome)

@@ -13,10 +13,14 @@ MEMORY = 0.9
 
 
 class Pass(NamedTuple):
-    """What the time of a pass depends on: its rows, and whether any is paired, which takes longer."""
+    """What the time of a pass depends on: its rows, and whether any is paired, which takes longer.
+
+    ``further``: gradients of further classes that share the forward pass.
+    """
 
     rows: int
     paired: bool
+    further: int = 0
 
 
 class PassClock:
@@ -30,10 +34,12 @@ class PassClock:
         """Record passes that took ``seconds`` together."""
         kept = MEMORY ** len(passes)
         rows, total = self._recent
-        self._recent = kept * rows + sum(key.rows for key in passes), kept * total + seconds
+        self._recent = kept * rows + sum(key.rows + key.further for key in passes), kept * total + seconds
         known_all = all(self._seconds.get(key) for key in passes)  # else the time is divided by rows
-        expected = [self._seconds[key] if known_all else float(key.rows) for key in passes]
+        expected = [self._seconds[key] if known_all else float(key.rows + key.further) for key in passes]
         for key, share in zip(passes, expected):
+            if key.further:  # no pass is planned by its time
+                continue
             measured = seconds * share / sum(expected)
             known = self._seconds.get(key, measured)
             self._seconds[key] = known + FOLLOWING * (measured - known)

@@ -8,8 +8,9 @@ next, so there is one more node than steps.
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from path_quadrature import weighted_sums
@@ -77,6 +78,16 @@ class Rule:
     def finish_early(self, taken: int) -> bool:
         """End after the first ``taken`` steps of the stage; whether there is an answer."""
         return self.gradient is not None
+
+    def completed(self) -> Rule:
+        """A copy after a complete stage, with no more than ``refine`` reads; call it before ``refine``."""
+        kept = copy.copy(self)
+        kept.gradient, kept._sums = None, {}
+        return kept
+
+    def resumed(self, tolerance: float | None, n_steps: int) -> Rule:
+        """A copy of what ``completed`` returned, with another aim; call its ``refine`` next."""
+        raise NotImplementedError
 
 
 class FixedRule(Rule):
@@ -173,6 +184,17 @@ class AdaptiveTrapezoidRule(Rule):
             first += panel.intervals
         self._begin(torch.cat([panel.midpoints() for panel in self._refining]).to(self._device), weights)
         return True
+
+    def completed(self) -> AdaptiveTrapezoidRule:
+        kept = super().completed()
+        assert isinstance(kept, AdaptiveTrapezoidRule)
+        kept._panels, kept._refining = [replace(panel) for panel in self._panels], []
+        return kept
+
+    def resumed(self, tolerance: float | None, n_steps: int) -> AdaptiveTrapezoidRule:
+        rule = self.completed()
+        rule._tolerance, rule._most_steps = tolerance or 0.0, n_steps
+        return rule
 
     def _first_panels(self) -> list[_Panel]:
         halves = len(self.nodes) - 1

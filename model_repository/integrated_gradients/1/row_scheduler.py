@@ -42,6 +42,10 @@ class Path(Protocol):
     def shape(self) -> Hashable:
         """Only paths of equal shape share a chunk."""
 
+    @property
+    def points(self) -> Hashable:
+        """Equal for paths whose next rows are the same points of the same path; None if they may not be shared."""
+
 
 @dataclass(eq=False)
 class Task:
@@ -54,6 +58,7 @@ class Task:
         deadline: by ``time.monotonic``; None if there is none.
         request_start: of its request.
         is_cancelled: whether its client no longer waits.
+        sharing_key: tasks of equal keys begin with the same points of the same path; None if it may share none.
         samples_under_way: paths that have been started and have not ended.
         rows_spent: rows passed so far.
     """
@@ -64,6 +69,7 @@ class Task:
     deadline: float | None = None
     request_start: RequestStart = field(default_factory=RequestStart)
     is_cancelled: Callable[[], bool] = lambda: False
+    sharing_key: Hashable = None
     samples_under_way: int = field(default=0, init=False)
     rows_spent: int = field(default=0, init=False)
 
@@ -113,11 +119,23 @@ PathT = TypeVar("PathT", bound=Path)
 
 @dataclass(frozen=True)
 class Piece(Generic[TaskT, PathT]):
-    """Rows of a path in a chunk."""
+    """Rows of a path in a chunk.
+
+    Attributes:
+        task, path: whose rows they are.
+        rows: of the chunk.
+        companions: tasks and paths of other classes, whose rows are the same points.
+    """
 
     task: TaskT
     path: PathT
-    rows: slice  # of the chunk
+    rows: slice
+    companions: tuple[tuple[TaskT, PathT], ...] = ()
+
+    @property
+    def members(self) -> tuple[tuple[TaskT, PathT], ...]:
+        """All tasks and paths that advance with it."""
+        return ((self.task, self.path), *self.companions)
 
 
 class RowScheduler(Generic[TaskT, PathT]):
@@ -125,10 +143,11 @@ class RowScheduler(Generic[TaskT, PathT]):
 
     Args:
         limit: rows of a chunk.
+        shares: whether paths with the same points share rows.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, shares: bool = False) -> None:
+        self.limit, self._shares = limit, shares
         self._waiting: list[TaskT] = []  # tasks with paths to start
         self._under_way: list[tuple[TaskT, PathT]] = []
         self._finished: list[TaskT] = []
@@ -180,7 +199,8 @@ class RowScheduler(Generic[TaskT, PathT]):
     def next_to_start(self) -> TaskT | None:
         """The task whose next path has rows in the next chunk.
 
-        Paths are started as late as possible, since each takes memory.
+        Paths are started as late as possible, since each takes memory; but a path that can share the rows of another
+        one is started with it.
         """
         self._waiting = sorted((task for task in self._waiting if task.samples_left), key=lambda task: task.priority)
         self._under_way.sort(key=lambda pair: pair[0].priority)
@@ -189,8 +209,13 @@ class RowScheduler(Generic[TaskT, PathT]):
         task = self._waiting[0]
         if len(self._under_way) >= (MOST_URGENT_PATHS if task.is_urgent else MOST_PATHS) * self.limit:
             return None
-        before = sum(path.rows_left for other, path in self._under_way if other.priority <= task.priority)
-        return task if before < self.limit else None
+        before = sum(path.rows_left for (other, path), *_ in self._groups() if other.priority <= task.priority)
+        if before < self.limit:
+            return task
+        if not self._shares:
+            return None
+        begun = {other.sharing_key for other, _ in self._under_way if not other.rows_spent} - {None}
+        return next((other for other in self._waiting if other.sharing_key in begun), None)
 
     def start(self, task: TaskT, path: PathT) -> None:
         """Begin one of a task's paths."""
@@ -226,20 +251,33 @@ class RowScheduler(Generic[TaskT, PathT]):
                 of 7 or 8, not 6 of 8 and one of 2. A piece that costs more than it saves is left out.
         """
         room = self.limit
+        groups = self._groups()
         if equal:
-            rows_left = self.rows_before((math.inf, math.inf))
+            rows_left = sum(task.rows_left for task in self._waiting) + sum(path.rows_left for (_, path), *_ in groups)
             room = math.ceil(rows_left / math.ceil(rows_left / self.limit))
         chunk: list[Piece[TaskT, PathT]] = []
         count = 0
-        for task, path in self._under_way:
+        for (task, path), *companions in groups:
             rows = min(room - count, path.rows_left)
             if rows <= path.overlap or path.shape != self._under_way[0][1].shape:
                 break
+            if len(companions) != len(groups[0]) - 1:  # each backward pass is over all rows of the chunk
+                break
             if equal and chunk and path.overlap and self._adds_a_piece(path, rows):
                 break
-            chunk.append(Piece(task, path, slice(count, count + rows)))
+            chunk.append(Piece(task, path, slice(count, count + rows), tuple(companions)))
             count += rows
         return chunk
+
+    def _groups(self) -> list[list[tuple[TaskT, PathT]]]:
+        """Paths under way in order, together with those that share their next rows."""
+        if not self._shares:
+            return [[pair] for pair in self._under_way]
+        groups: dict[Hashable, list[tuple[TaskT, PathT]]] = {}
+        for task, path in self._under_way:
+            points: Hashable = path.points
+            groups.setdefault(id(path) if points is None else points, []).append((task, path))
+        return list(groups.values())
 
     def _adds_a_piece(self, path: PathT, rows: int) -> bool:
         """Whether a path with overlap is cut into more pieces if its next ``rows`` rows are passed by themselves.
