@@ -27,6 +27,7 @@ def convolutions(pools: bool) -> nn.Sequential:
 
 def explain(engine: AttributionEngine, job: Job) -> Explanation:
     (explanation,) = engine.explain([job])
+    assert explanation is not None
     return explanation
 
 
