@@ -37,11 +37,17 @@ def captum_attribution(model, image, baseline, *, probability=False, **options):
     return attributions[0].detach(), delta.item()
 
 
+FEW_SETTINGS = [("gausslegendre", "zero", "logit"), ("riemann_trapezoid", "blur", "probability")]
+MORE_SETTINGS = [
+    *((method, "zero", "logit") for method in METHODS if method != "gausslegendre"),
+    *(("gausslegendre", baseline, "logit") for baseline in ("black", "white", "gray", "blur")),
+    ("gausslegendre", "zero", "probability"),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "baseline", "output"),
-    [(method, "zero", "logit") for method in METHODS]
-    + [("gausslegendre", baseline, "logit") for baseline in ("black", "white", "gray", "blur")]
-    + [("gausslegendre", "zero", "probability"), ("riemann_trapezoid", "blur", "probability")],
+    [*FEW_SETTINGS, *(pytest.param(*setting, marks=pytest.mark.slow) for setting in MORE_SETTINGS)],
 )
 def test_engine_is_as_close_to_float64_as_captum_is(
     eager_model, eager_model_float64, served_module, method, baseline, output
@@ -161,7 +167,8 @@ def test_quadrature_is_captums(method):
     assert weights.sum().item() == pytest.approx(0.95 if method == "riemann_trapezoid" else 1)
 
 
-@pytest.mark.parametrize("tolerance", [0.1, pytest.param(0.03, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as test_tolerance does for small networks
+@pytest.mark.parametrize("tolerance", [0.1, 0.03])
 @pytest.mark.parametrize("points", [False, True], ids=["mean gradients", "points"])
 def test_tolerance_bounds_the_true_error_and_the_gap(served_module, tolerance, points):
     engine = AttributionEngine(served_module)
