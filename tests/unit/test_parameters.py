@@ -57,9 +57,9 @@ def test_contradictions_are_those_that_the_server_refuses(values):
 def test_an_unknown_parameter_gets_the_name_that_is_near():
     message = re.escape("unknown parameter 'tolerence'; did you mean 'tolerance'?; known are n_steps, ")
     with pytest.raises(TypeError, match=message):
-        explain_call("explain", b"image", None, 5, [], {"tolerence": 0.05})
+        explain_call("explain", b"image", [-1], 5, [], {"tolerence": 0.05})
     with pytest.raises(TypeError, match="unknown parameter 'xyz'; known are"):
-        explain_call("explain", b"image", None, 5, [], {"xyz": 1})
+        explain_call("explain", b"image", [-1], 5, [], {"xyz": 1})
 
 
 LABELS = ["tench, Tinca tinca", "tiger cat", "Egyptian_cat", "crane", "crane", "star", "7 seas"]

@@ -17,20 +17,19 @@ from explain_client.client import DEFAULT_WANT
 from explain_client.connection import TLS, Url, connect
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
-from explain_client.labels import class_number, names_labels, with_classes
+from explain_client.labels import names_labels, with_classes
 from explain_client.many import in_order_async
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
     Model,
     Wanted,
-    classes_call,
+    classes_asked,
     classify_call,
     explain_call,
     is_final,
     labels_call,
     network_call,
-    read_explanation,
     read_explanations,
     read_labels,
     read_network,
@@ -143,14 +142,12 @@ class AsyncExplainClient:
         **parameters: Unpack[Parameters],
     ) -> Explanation | tuple[Explanation, ...]:
         """See ``ExplainClient.explain``."""
-        if targets is not None:
-            if target is not None:
-                raise ValueError("`target` must be absent beside `targets`")
-            return await self._explain_classes(image, targets, top_k, want, parameters)
-        call = await self._call("explain", image, target, top_k, want, parameters)
+        call = await self._call("explain", image, classes_asked(target, targets), top_k, want, parameters)
         started = time.perf_counter()
         result = await self._infer(call)
-        return await self._labelled(call, read_explanation(call, result, 1e3 * (time.perf_counter() - started)))
+        answers = read_explanations(call, result, 1e3 * (time.perf_counter() - started))
+        labelled = tuple([await self._labelled(call, answer) for answer in answers])
+        return labelled[0] if targets is None else labelled
 
     def explain_many(
         self,
@@ -186,7 +183,7 @@ class AsyncExplainClient:
         If you leave the loop early, the stream is cancelled when the iterator is closed; ``async with
         contextlib.aclosing(...)`` closes it at once.
         """
-        call = await self._call("explain_stream", image, target, top_k, want, parameters)
+        call = await self._call("explain_stream", image, classes_asked(target, None), top_k, want, parameters)
         attempts = Attempts(self._timeout, self._retries)
         started = time.perf_counter()
         while True:
@@ -244,33 +241,14 @@ class AsyncExplainClient:
         self,
         model: Model,
         image: ImageSource,
-        target: int | str | None,
-        top_k: int,
-        want: Collection[Wanted],
-        parameters: Parameters,
-    ) -> Call:
-        labels = await self.labels() if names_labels(target, parameters) else ()
-        number, numbers = with_classes(target, parameters, labels)
-        return explain_call(model, image, number, top_k, want, numbers)
-
-    async def _explain_classes(
-        self,
-        image: ImageSource,
         targets: Sequence[int | str],
         top_k: int,
         want: Collection[Wanted],
         parameters: Parameters,
-    ) -> tuple[Explanation, ...]:
-        named = [target for target in targets if names_labels(target, parameters)]
-        labels = await self.labels() if named else ()
-        numbers = with_classes(None, parameters, labels)[1]
-        classes = [class_number(target, labels) for target in targets]
-        call = classes_call(image, classes, top_k, want, numbers)
-        started = time.perf_counter()
-        result = await self._infer(call)
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        answers = read_explanations(call, result, milliseconds)
-        return tuple([await self._labelled(call, answer) for answer in answers])
+    ) -> Call:
+        labels = await self.labels() if names_labels(targets, parameters) else ()
+        classes, numbers = with_classes(targets, parameters, labels)
+        return explain_call(model, image, classes, top_k, want, numbers)
 
     async def _labelled(self, call: Call, answer: Answer) -> Answer:
         return answer if has_label(answer) else with_label(answer, await self.labels(), call.explains_prediction)

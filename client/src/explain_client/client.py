@@ -15,21 +15,20 @@ from tritonclient.utils import InferenceServerException
 from explain_client.connection import TLS, Url, connect, response_stream
 from explain_client.errors import ExplainError, closed_error, cut_off_error, from_rpc, from_stream, from_triton
 from explain_client.images import ImageSource, View
-from explain_client.labels import class_number, names_labels, with_classes
+from explain_client.labels import names_labels, with_classes
 from explain_client.many import in_order
 from explain_client.protocol import (
     VIEW_MODEL,
     Call,
     Model,
     Wanted,
-    classes_call,
+    classes_asked,
     classify_call,
     explain_call,
     is_final,
     labels_call,
     message_of,
     network_call,
-    read_explanation,
     read_explanations,
     read_labels,
     read_network,
@@ -168,14 +167,12 @@ class ExplainClient:
             TypeError: a name in ``parameters`` is none of the contract.
             ValueError: ``target``, ``targets`` or ``contrast`` is a label that the server does not have.
         """
-        if targets is not None:
-            if target is not None:
-                raise ValueError("`target` must be absent beside `targets`")
-            return self._explain_classes(image, targets, top_k, want, parameters)
-        call = self._call("explain", image, target, top_k, want, parameters)
+        call = self._call("explain", image, classes_asked(target, targets), top_k, want, parameters)
         started = time.perf_counter()
         result = self._infer(call)
-        return self._labelled(call, read_explanation(call, result, 1e3 * (time.perf_counter() - started)))
+        answers = read_explanations(call, result, 1e3 * (time.perf_counter() - started))
+        labelled = tuple([self._labelled(call, answer) for answer in answers])
+        return labelled[0] if targets is None else labelled
 
     def explain_many(
         self,
@@ -216,7 +213,7 @@ class ExplainClient:
 
         If you leave the loop early, the rest is cancelled on the server. Arguments are those of ``explain``.
         """
-        return self._stream(self._call("explain_stream", image, target, top_k, want, parameters))
+        return self._stream(self._call("explain_stream", image, classes_asked(target, None), top_k, want, parameters))
 
     def labels(self) -> tuple[str, ...]:
         """The label of each class: asked for once, then kept."""
@@ -248,33 +245,14 @@ class ExplainClient:
         self,
         model: Model,
         image: ImageSource,
-        target: int | str | None,
-        top_k: int,
-        want: Collection[Wanted],
-        parameters: Parameters,
-    ) -> Call:
-        labels = self.labels() if names_labels(target, parameters) else ()
-        number, numbers = with_classes(target, parameters, labels)
-        return explain_call(model, image, number, top_k, want, numbers)
-
-    def _explain_classes(
-        self,
-        image: ImageSource,
         targets: Sequence[int | str],
         top_k: int,
         want: Collection[Wanted],
         parameters: Parameters,
-    ) -> tuple[Explanation, ...]:
-        named = [target for target in targets if names_labels(target, parameters)]
-        labels = self.labels() if named else ()
-        numbers = with_classes(None, parameters, labels)[1]
-        classes = [class_number(target, labels) for target in targets]
-        call = classes_call(image, classes, top_k, want, numbers)
-        started = time.perf_counter()
-        result = self._infer(call)
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        answers = read_explanations(call, result, milliseconds)
-        return tuple([self._labelled(call, answer) for answer in answers])
+    ) -> Call:
+        labels = self.labels() if names_labels(targets, parameters) else ()
+        classes, numbers = with_classes(targets, parameters, labels)
+        return explain_call(model, image, classes, top_k, want, numbers)
 
     def _labelled(self, call: Call, answer: Answer) -> Answer:
         """The answer with its explained class's label, which is among the predictions or asked for."""

@@ -39,34 +39,24 @@ def class_of(name: int | str, labels: Sequence[str], what: str = "class") -> int
     raise ValueError(f"{what} {name!r} is not one of the server's {len(labels)} labels; {hint}")
 
 
-def names_labels(target: int | str | None, parameters: Mapping[str, Any]) -> bool:
+def names_labels(targets: Sequence[int | str], parameters: Mapping[str, Any]) -> bool:
     """Whether a request names a class by its label."""
-    return any(isinstance(name, str) for name in (target, parameters.get("contrast")))
-
-
-def class_number(target: int | str, labels: Sequence[str]) -> int:
-    """The number of a target.
-
-    Raises:
-        ValueError: it is a label that the server does not have.
-    """
-    return class_of(target, labels, "target") if isinstance(target, str) else target
+    return any(isinstance(name, str) for name in (*targets, parameters.get("contrast")))
 
 
 def with_classes(
-    target: int | str | None, parameters: Mapping[str, Any], labels: Sequence[str]
-) -> tuple[int | None, dict[str, Any]]:
-    """A request's target and parameters with the numbers of classes for their labels.
+    targets: Sequence[int | str], parameters: Mapping[str, Any], labels: Sequence[str]
+) -> tuple[list[int], dict[str, Any]]:
+    """A request's targets and parameters with the numbers of classes for their labels.
 
     Raises:
         ValueError: there is no such class.
     """
     numbers = dict(parameters)
-    if target is not None:
-        target = class_number(target, labels)
+    classes = [class_of(target, labels, "target") if isinstance(target, str) else target for target in targets]
     if isinstance(numbers.get("contrast"), str):
         numbers["contrast"] = class_of(numbers["contrast"], labels, "contrast")
-    return target, numbers
+    return classes, numbers
 
 
 def _near(wanted: str, labels: Sequence[str]) -> list[str]:

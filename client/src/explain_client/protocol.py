@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -66,47 +66,41 @@ def classify_call(image: ImageSource, top_k: int) -> Call:
 def explain_call(
     model: Model,
     image: ImageSource,
-    target: int | None,
+    targets: Sequence[int],
     top_k: int,
     want: Collection[Wanted],
     parameters: Mapping[str, Any],
 ) -> Call:
-    """A request to ``explain`` or ``explain_stream``.
-
-    Raises:
-        ValueError: ``want`` has an unknown name.
-        TypeError: ``parameters`` has one.
-    """
-    unknown = set(want) - set(TENSORS)
-    if unknown:
-        raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
-    # Always with a target: by it the server knows early that gradients are wanted.
-    target = PREDICTED_CLASS if target is None else target
-    inputs = [_image(image), triton.InferInput("TARGET", [1, 1], "INT64")]
-    inputs[1].set_data_from_numpy(np.array([[target]], np.int64))
-    names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
-    outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
-    return Call(model, inputs, outputs, as_sent(parameters), target == PREDICTED_CLASS)
-
-
-def classes_call(
-    image: ImageSource, targets: Sequence[int], top_k: int, want: Collection[Wanted], parameters: Mapping[str, Any]
-) -> Call:
-    """A request to ``explain`` for several classes of one image, which the server explains together.
+    """A request to ``explain`` or ``explain_stream`` for one class of an image, or for several.
 
     Raises:
         ValueError: there are no targets, or ``want`` has an unknown name.
         TypeError: ``parameters`` has one.
     """
+    unknown = set(want) - set(TENSORS)
+    if unknown:
+        raise ValueError(f"`want` takes {', '.join(TENSORS)}, not {', '.join(sorted(unknown))}")
     if not targets:
         raise ValueError("`targets` takes at least one class")
-    file = encoded(image)
-    call = explain_call("explain", file, None, top_k, want, parameters)
-    images = triton.InferInput("IMAGE", [len(targets), 1], "BYTES")
-    images.set_data_from_numpy(np.array([[file]] * len(targets), np.object_))
-    classes = triton.InferInput("TARGET", [len(targets), 1], "INT64")
-    classes.set_data_from_numpy(np.array(targets, np.int64)[:, None])
-    return replace(call, inputs=[images, classes], explains_prediction=False)
+    # Always with a target: by it the server knows early that gradients are wanted.
+    inputs = [_image(image, len(targets)), triton.InferInput("TARGET", [len(targets), 1], "INT64")]
+    inputs[1].set_data_from_numpy(np.array(targets, np.int64)[:, None])
+    names = ["EXPLAINED_CLASS", *_SCALARS, *(TENSORS[name] for name in want)]
+    outputs = [_classes(top_k), *(triton.InferRequestedOutput(name) for name in names)]
+    return Call(model, inputs, outputs, as_sent(parameters), set(targets) == {PREDICTED_CLASS})
+
+
+def classes_asked(target: int | str | None, targets: Sequence[int | str] | None) -> list[int | str]:
+    """The classes that a request asks for: one, the predicted one if ``target`` is absent, or all of ``targets``.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if targets is None:
+        return [PREDICTED_CLASS if target is None else target]
+    if target is not None:
+        raise ValueError("`target` must be absent beside `targets`")
+    return list(targets)
 
 
 def labels_call() -> Call:
@@ -128,13 +122,8 @@ def read_labels(result: triton.InferResult) -> tuple[str, ...]:
     return tuple(prediction.label for prediction in sorted(read_predictions(result), key=lambda each: each.index))
 
 
-def read_explanation(call: Call, result: triton.InferResult, milliseconds: float) -> Explanation:
-    """The answer of ``explain``."""
-    return read_explanations(call, result, milliseconds)[0]
-
-
 def read_explanations(call: Call, result: triton.InferResult, milliseconds: float) -> tuple[Explanation, ...]:
-    """The answers of ``explain`` to a request of one row or several."""
+    """The answers of ``explain``, one for each class that was asked for."""
     explanations = []
     for row in range(len(result.as_numpy("EXPLAINED_CLASS"))):
         predictions, explained = _classification(call, result, row)
@@ -212,9 +201,9 @@ def _attribution(result: triton.InferResult, milliseconds: float, row: int = 0) 
     }
 
 
-def _image(image: ImageSource) -> triton.InferInput:
-    tensor = triton.InferInput("IMAGE", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[encoded(image)]], np.object_))
+def _image(image: ImageSource, rows: int = 1) -> triton.InferInput:
+    tensor = triton.InferInput("IMAGE", [rows, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[encoded(image)]] * rows, np.object_))
     return tensor
 
 
