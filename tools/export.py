@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from tools.torchscript.served_classifier import (
     ScriptingError,
     script,
 )
-from tools.triton.config_shapes import write_configs
+from tools.triton.config_shapes import write_configs, write_settings
 
 # Files that `export` writes into a repository.
 EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
@@ -166,8 +165,7 @@ def repository_with(network: str) -> Path:
     copy = OUTPUTS / "repositories" / network
     copy_models(copy)
     ensure_exported(copy, network)
-    config = copy / "integrated_gradients" / "config.pbtxt"
-    config.write_text(re.sub(r'(key: "kept_bytes"\s+value: { string_value: ")\d+', r"\g<1>0", config.read_text()))
+    write_settings(copy / "integrated_gradients" / "config.pbtxt", kept_bytes=0)
     return copy
 
 

@@ -29,6 +29,7 @@ from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.probe import total
 from tools.server import EmbeddedServer, Ports
+from tools.triton.config_shapes import write_settings
 
 N_STEPS = 20
 FACTORS = (1, 2, 5, 10)
@@ -43,14 +44,7 @@ def with_settings(folder: Path, model: str, **settings: Any) -> Path:
     repository = folder / "model_repository"
     known = repository_with("shapes")
     shutil.copytree(known, repository, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    file = repository / model / "config.pbtxt"
-    text = file.read_text()
-    for name, value in settings.items():
-        pattern = rf'(key: "{name}".*?string_value: ")[^"]*'
-        text, count = re.subn(pattern, rf"\g<1>{value}", text, count=1, flags=re.DOTALL)
-        if not count:
-            raise ValueError(f"{model} has no parameter {name}")
-    file.write_text(text)
+    write_settings(repository / model / "config.pbtxt", **settings)
     return repository
 
 

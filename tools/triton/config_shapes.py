@@ -51,6 +51,18 @@ def write_configs(repository: Path, preprocessing: Preprocessing) -> None:
             file.write_text(text)
 
 
+def write_settings(file: Path, **settings: object) -> None:
+    """Write values of a model's parameters into its config.
+
+    Raises:
+        ExportError: the config has no such parameter, or not in a form that is known here. Nothing is written.
+    """
+    text = file.read_text()
+    if unknown := settings.keys() - {token["parameter"] for token in _TOKEN.finditer(text)}:
+        raise ExportError(f"{file} has no parameter {', '.join(sorted(unknown))}")
+    file.write_text(_with_values(text, {}, {name: str(value) for name, value in settings.items()}, file))
+
+
 def _with_values(text: str, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, str], file: Path) -> str:
     """A config's text with these shapes of tensors and values of parameters."""
     parts, at = [], 0
