@@ -13,7 +13,9 @@ from conftest import encode, scene_image
 from live_server import infer, rows_passed
 
 from tools.bench.overload import with_settings
+from tools.probe import probe
 from tools.server import EmbeddedServer, Ports
+from tools.triton.options import LOCALHOST
 
 pytestmark = pytest.mark.slow  # a server of its own; tests/unit/test_shared_answers.py has the rest
 
@@ -64,3 +66,11 @@ def test_repeated_and_identical_requests_take_no_further_gradients(keeping):
         assert counts == {"continued": 1, "miss": 3}
         _, rows = spent(lambda: infer(triton, image * 3, [0, 3, 7], outputs=ATTRIBUTION, n_steps=10))
         assert rows == 30
+
+
+def test_every_health_check_takes_gradients(keeping):
+    before = [rows_passed(keeping)]
+    for _ in range(2):
+        probe(LOCALHOST, keeping.ports.http, "explain", 30)
+        before.append(rows_passed(keeping))
+    assert before[0] < before[1] < before[2]

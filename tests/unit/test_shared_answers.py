@@ -373,3 +373,73 @@ def test_whatever_changes_the_map_changes_the_key(network, one, other):
         assert work_key(first) != work_key(second)
     if one == other:
         assert answer_key(first) == answer_key(second)
+
+
+SINGLE_CHANGES = {
+    "target": 0,
+    "contrast": 1,
+    "probability": True,
+    "n_steps": 6,
+    "method": "riemann_left",
+    "tolerance": 0.01,
+    "noise": (2, 0.3),
+    "seed": 1,
+    "parts": (1, 2),
+    "ends": "other image",
+}
+
+
+@pytest.mark.parametrize("base", [{}, {"noise": (2, 0.2)}, {"noise": (1, 0.2)}, {"tolerance": 0.3}], ids=str)
+@pytest.mark.parametrize("name", SINGLE_CHANGES)
+def test_a_single_change_of_the_map_changes_the_key(network, base, name):
+    engine = AttributionEngine(network)
+    jobs = [changed_job(network, changes) for changes in (base, {**base, name: SINGLE_CHANGES[name]})]
+    first, second = (engine.explain([job])[0].attributions for job in jobs)
+    if not torch.equal(first, second):
+        assert answer_key(jobs[0]) != answer_key(jobs[1])
+        assert work_key(jobs[0]) != work_key(jobs[1])
+
+
+def test_what_depends_on_the_time_or_on_given_nodes_has_no_key(network):
+    job = job_of(network)
+    assert work_key(job) is not None
+    for change in ({"deadline": 1.0}, {"rule": (torch.zeros(1), torch.ones(1))}, {"ends_key": None}):
+        assert work_key(replace(job, **change)) is None
+
+
+def test_maps_that_are_not_finite_are_not_kept(network):
+    job = job_of(network)
+    with desk(network) as shop:
+        held = shop.engine.passes.gradients
+        shop.engine.passes.gradients = lambda *arguments: held(*arguments) * torch.nan
+        assert shop.ask(job).attributions.isnan().all()
+        shop.engine.passes.gradients = held
+        again, spent = shop.spent(job)
+    assert spent == 20
+    assert again.attributions.isfinite().all()
+
+
+def test_more_stages_are_not_replaced_by_fewer(network):
+    coarse, fine = (job_of(network, n_steps=1000, tolerance=tolerance) for tolerance in (0.1, 0.01))
+    with desk(network) as shop:
+        few = shop.ask(coarse).n_steps
+        shop.ask(fine)
+        shop.ask(replace(fine, n_steps=few + 1))
+        _, spent = shop.spent(replace(fine, tolerance=0.011))
+    assert spent == 0
+
+
+def test_the_first_level_of_a_stream_is_no_start_for_a_more_exact_answer(network):
+    with desk(network) as shop:
+        assert shop.ask(job_of(network, n_steps=3, tolerance=0.5)).n_steps == 3
+        shop.ask(job_of(network, n_steps=1000, tolerance=0.01))
+    assert shop.sources == {"miss": 2}
+
+
+def test_the_same_stages_can_be_continued_twice(network):
+    engine = AttributionEngine(network)
+    coarse = job_of(network, n_steps=1000, tolerance=0.1, keeps_state=True)
+    state = engine.explain([coarse])[0].state
+    one, other = (engine.explain([replace(coarse, tolerance=0.01, state=state)])[0] for _ in range(2))
+    assert torch.equal(one.attributions, other.attributions)
+    assert one.n_steps == other.n_steps

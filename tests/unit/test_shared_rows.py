@@ -99,3 +99,31 @@ def test_without_memory_for_a_further_backward_pass_the_classes_go_on_alone(engi
     for one, other in zip(alone, engine.explain(jobs)):
         torch.testing.assert_close(other.attributions, one.attributions, rtol=1e-4, atol=1e-6)
     assert engine.rows_shared == 0
+
+
+def test_a_class_that_is_behind_shares_no_rows_with_those_ahead(served_module, monkeypatch):
+    """After a chunk without memory for it, its next points are others of the same path."""
+    engine = AttributionEngine(served_module, max_rows=8)
+    jobs = classes_of_one_image()
+    alone = [engine.explain([job])[0] for job in jobs]
+    original, failures = engine.passes.shared_gradients, iter([True])
+
+    def failing_once(*arguments):
+        gradients = original(*arguments)
+        yield next(gradients)
+        if next(failures, False):
+            raise torch.OutOfMemoryError
+        yield from gradients
+
+    monkeypatch.setattr(engine.passes, "shared_gradients", failing_once)
+    for one, other in zip(alone, engine.explain(jobs)):
+        torch.testing.assert_close(other.attributions, one.attributions, rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_of_several_classes_and_one_of_a_single_class_have_chunks_of_their_own(served_module):
+    engine = AttributionEngine(served_module, max_rows=8)
+    jobs = [*classes_of_one_image(4), small_job(4, seed=1, ends_key="another image")]
+    together = engine.explain(jobs)
+    for job, explanation in zip(jobs, together):
+        (alone,) = engine.explain([job])
+        torch.testing.assert_close(explanation.attributions, alone.attributions, rtol=1e-4, atol=1e-6)
