@@ -28,7 +28,9 @@ OUTPUTS = (
 )
 
 
-def infer(triton, images, targets=None, outputs=OUTPUTS, model="explain", timeout_seconds=None, **parameters):
+def infer(
+    triton, images, targets=None, outputs=OUTPUTS, model="explain", timeout_seconds=None, request_id="", **parameters
+):
     """One request for a list of encoded images; output name -> array [n, ...]."""
     inputs = [tritonclient.grpc.InferInput("IMAGE", [len(images), 1], "BYTES")]
     inputs[0].set_data_from_numpy(np.array(images, np.object_)[:, None])
@@ -37,7 +39,9 @@ def infer(triton, images, targets=None, outputs=OUTPUTS, model="explain", timeou
         inputs[-1].set_data_from_numpy(np.array(targets, np.int64)[:, None])
     requested = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
     timeout = timeout_seconds and int(1e6 * timeout_seconds)
-    result = triton.infer(model, inputs, outputs=requested, parameters=parameters, timeout=timeout)
+    result = triton.infer(
+        model, inputs, outputs=requested, parameters=parameters, timeout=timeout, request_id=request_id
+    )
     return {name: result.as_numpy(name) for name in outputs}
 
 

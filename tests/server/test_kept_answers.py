@@ -13,9 +13,8 @@ from conftest import encode, scene_image
 from live_server import infer, rows_passed
 
 from tools.bench.overload import with_settings
-from tools.probe import probe
+from tools.probe import PROBE_ID
 from tools.server import EmbeddedServer, Ports
-from tools.triton.options import LOCALHOST
 
 pytestmark = pytest.mark.slow  # a server of its own; tests/unit/test_shared_answers.py has the rest
 
@@ -69,8 +68,8 @@ def test_repeated_and_identical_requests_take_no_further_gradients(keeping):
 
 
 def test_every_health_check_takes_gradients(keeping):
-    before = [rows_passed(keeping)]
-    for _ in range(2):
-        probe(LOCALHOST, keeping.ports.http, "explain", 30)
-        before.append(rows_passed(keeping))
-    assert before[0] < before[1] < before[2]
+    with tritonclient.grpc.InferenceServerClient(keeping.grpc_url) as triton:
+        for name in ("", PROBE_ID, PROBE_ID):
+            before = rows_passed(keeping)
+            infer(triton, [encode(scene_image(4))], outputs=ATTRIBUTION, n_steps=4, request_id=name)
+            assert rows_passed(keeping) - before == 4
