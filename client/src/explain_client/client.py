@@ -158,7 +158,7 @@ class ExplainClient:
             image: a path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a uint8 array [height, width, 3].
             target: the class to explain, by number or label; the predicted one if absent.
             targets: several classes, instead of ``target``: the result has an explanation for each, in their order. The
-                server computes them together, three in about twice the time of one.
+                server computes them together.
             top_k: how many predictions to return.
             want: tensors to transfer: ``saliency``, ``attributions``, ``heatmap``.
             parameters: request parameters of the serving contract: ``n_steps``, ``tolerance``, ``baseline``, ...

@@ -26,7 +26,7 @@ COARSE_SHARE = 0.25
 # Least growth from one number of steps to the next that is worth its gradients.
 LEAST_GROWTH = 1.5
 # The few steps of a higher tolerance measure the error roughly. So a path that goes on from them takes at least this
-# share of the steps that the law plans: fewer were too few for two of five images, and then took a further stage.
+# share of the steps that the law plans: fewer can be too few, and then take a further stage. Chosen on five scenes.
 RESUMED_SHARE = 0.9
 # Without a calibration, the first two numbers of steps measure where the gradients change. The next stage takes three
 # (a quarter, a half and all of one number), which measure how errors fall.
