@@ -32,6 +32,8 @@ import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
 from classifier_files import Preprocessing
+from evidence_regions import Regions
+from heatmap_drawing import pictures
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,13 +78,15 @@ TOP_SHARES = (0.01, 0.05)
 # The tests use earlier views of the held-out split.
 FIRST_VIEW = 100
 TIMED_IMAGES, TIMED_REPEATS = 2, 3
-# Maps whose faithfulness is measured; a random map is added for comparison.
+# Maps whose faithfulness is measured; a random map, and the regions of one of them, are added for comparison.
 SERVED_MAPS: dict[str, dict[str, Any]] = {
     "gausslegendre 50": {"method": "gausslegendre", "n_steps": 50},
     "calibrated 20": {"method": "calibrated", "n_steps": 20},
     "tolerance 0.05": {"tolerance": 0.05},
     "riemann_right 2": {"method": "riemann_right", "n_steps": 2},
 }
+# The map whose regions are measured: `overlay=regions`, each pixel with the evidence a pixel of its region.
+REGIONS_OF = "gausslegendre 50"
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,10 @@ class HeldOut:
             job = self.job(image, "logit")
             explanations = explain(self.engine, [replace(job, **options) for options in SERVED_MAPS.values()])
             maps = {name: e.attributions.sum(dim=0) for name, e in zip(SERVED_MAPS, explanations)}
-            maps["random"] = torch.rand(maps["gausslegendre 50"].shape, generator=generator).to(self.device)
+            picture = pictures(image.cpu().numpy()[None], self.preprocessing)[0]
+            regions = Regions.of(picture, maps[REGIONS_OF].cpu().numpy())
+            maps[f"regions of {REGIONS_OF}"] = torch.from_numpy(regions.density).float().to(self.device)
+            maps["random"] = torch.rand(image.shape[1:], generator=generator).to(self.device)
             for name, saliency in maps.items():
                 both = curves(self.engine.network, job.image, saliency, job.target)
                 values = {"deletion": both.deletion_area, "insertion": both.insertion_area}

@@ -18,6 +18,8 @@ from live_server import OUTPUTS, executed_batches, infer, wait_for_batches
 from path_baselines import Baselines
 from PIL import Image
 
+from explain_client.images import as_seen
+
 BASELINES = Baselines(list(MEAN), list(STD))
 
 
@@ -67,6 +69,17 @@ def test_explain_without_parameters_equals_captum(triton, images, eager_model, e
     np.testing.assert_allclose(answer["SALIENCY"], answer["ATTRIBUTIONS"].sum(axis=1), atol=1e-6)
     heatmap = Image.open(io.BytesIO(answer["HEATMAP"][0, 0]))
     assert (heatmap.format, heatmap.size) == ("PNG", (224, 224))
+
+
+def test_regions_are_the_image_in_colour_where_the_evidence_is(triton):
+    image = encode(scene_image(0))
+    heatmap = infer(triton, [image], n_steps=2, overlay="regions")["HEATMAP"][0, 0]
+    regions = np.asarray(Image.open(io.BytesIO(heatmap))).astype(int)
+    assert regions.shape == (224, 224, 3)
+    in_colour = np.ptp(regions, axis=2) > 0
+    assert 0.005 < in_colour.mean() < 0.6
+    seen = np.asarray(as_seen(image)).astype(int)
+    assert np.abs(regions - seen)[in_colour].max() <= 1
 
 
 def test_tolerance_spends_what_it_takes_and_says_so(triton):

@@ -79,3 +79,19 @@ def test_strength_is_relative_to_the_run(share, pictures, said):
 )
 def test_percent_never_rounds_to_none_or_all(share, said):
     assert captions.percent(share) == said
+
+
+@pytest.mark.parametrize(
+    ("polarity", "contrast", "said"),
+    [
+        ("positive", None, "for tabby"),
+        ("negative", None, "against tabby"),
+        ("negative", "lynx", "for lynx"),
+        ("absolute", None, "for tabby or against it"),
+        ("all", None, "for tabby (red) or against it (blue)"),
+        ("all", "lynx", "for tabby (red) or for lynx (blue)"),
+    ],
+)
+def test_a_picture_of_regions_says_what_is_in_colour(polarity, contrast, said):
+    caption = captions.regions("tabby", contrast, polarity)
+    assert caption == f"In colour: the parts that hold half of the evidence {said}"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from request_parameters import ParameterError
 
 CHOICES = {
-    "overlay": ["blend", "heatmap", "masked"],
+    "overlay": ["blend", "heatmap", "masked", "regions"],
     "polarity": ["positive", "negative", "absolute", "all"],
     "colormap": ["auto", "inferno", "magma", "plasma", "viridis", "cividis", "turbo", "coolwarm"],
 }

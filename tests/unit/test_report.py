@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +276,22 @@ def test_page_fits_a_phone_and_is_dark_where_that_is_wanted(report):
     )
     assert max(report.execute_script(lightness)) < 50
     assert report.get_log("browser") == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"), [({}, "for star"), ({"polarity": "all"}, "for star (red) or for ring")]
+)
+def test_a_run_of_regions_shows_the_servers_picture(tmp_path, parameters, said):
+    file = encode(scene_image(0).resize((224, 224)))
+    for overlay in ("regions", "masked"):
+        run = replace(RUN, parameters={"overlay": overlay, **parameters})
+        with Report(tmp_path / overlay, run=run) as report:
+            report.add("a.png", file, replace(explanation(0), heatmap_png=file))
+    picture = base64.b64encode(file).decode()
+    page = (tmp_path / "regions").read_text()
+    assert page.count(picture) == 1
+    assert f"parts that hold half of the evidence {said}" in page
+    assert picture not in (tmp_path / "masked").read_text()
 
 
 def test_report_is_not_there_before_it_is_complete(tmp_path):

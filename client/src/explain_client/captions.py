@@ -96,6 +96,24 @@ def accuracy(error_estimate: float) -> str:
     return f"explanation accurate to about ±{percent(error_estimate)}"
 
 
+def regions(explained: str, contrast: str | None = None, polarity: Polarity = "positive") -> str:
+    """What the server's picture of regions shows.
+
+    Args:
+        explained: label of the class that is explained.
+        contrast: label of the class that was subtracted.
+        polarity: of that picture.
+    """
+    other = f"for {contrast}" if contrast else f"against {'it' if polarity in ('absolute', 'all') else explained}"
+    evidence = {
+        "positive": f"for {explained}",
+        "negative": other,
+        "absolute": f"for {explained} or {other}",
+        "all": f"for {explained} (red) or {other} (blue)",
+    }[polarity]
+    return f"In colour: the parts that hold half of the evidence {evidence}"
+
+
 def cut_warning(share: float) -> str:
     """A warning if a large part of a picture was cut away; else empty."""
     if share <= CUT_WORTH_A_WARNING:

@@ -64,6 +64,12 @@ def coloured_figure(picture: Image.Image, view: View, words: Caption, layer: Ima
     )
 
 
+def regions_figure(heatmap: bytes, caption: str) -> str:
+    """The server's picture of regions, a PNG file, on a line of its own."""
+    image = f'<img alt="{escape(caption)}" src="{_data_url("image/png", heatmap)}">'
+    return f'<div class="regions"><figure>{image}<figcaption>{escape(caption)}</figcaption></figure></div>'
+
+
 def colour_bar(words: Caption) -> str:
     """The colour bar with its ends."""
     return (

@@ -31,7 +31,7 @@ HELPS = {
     "nt_samples": "SmoothGrad: noisy copies of the image (default: 1)",
     "stdevs": "SmoothGrad: standard deviation of the noise (default: 0.1)",
     "seed": "seed of all noise (default: 0)",
-    "overlay": "how the heatmap is drawn (default: blend)",
+    "overlay": "how the heatmap is drawn; regions: the parts of the image with most evidence (default: blend)",
     "polarity": "evidence that is drawn (default: positive)",
     "clip_percentile": "percentile at which the colours saturate (default: 99)",
     "colormap": "a matplotlib colour map (default: auto: inferno, or coolwarm for all)",

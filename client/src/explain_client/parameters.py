@@ -11,7 +11,7 @@ Method: TypeAlias = Literal[
 ]
 Baseline: TypeAlias = Literal["zero", "black", "gray", "white", "blur", "noise"]
 Output: TypeAlias = Literal["logit", "probability"]
-Overlay: TypeAlias = Literal["blend", "heatmap", "masked"]
+Overlay: TypeAlias = Literal["blend", "heatmap", "masked", "regions"]
 Polarity: TypeAlias = Literal["positive", "negative", "absolute", "all"]
 Colormap: TypeAlias = Literal["auto", "inferno", "magma", "plasma", "viridis", "cividis", "turbo", "coolwarm"]
 

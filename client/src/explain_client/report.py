@@ -75,7 +75,7 @@ class Report:
         Args:
             name: its path, or what stands for one. The page shows the last part.
             file: the encoded image.
-            explanation: with ``saliency``.
+            explanation: with ``saliency``; its heatmap is shown, too, if the run asked for regions.
             milliseconds: that the image took, without waiting for others; None: those of the explanation.
         """
         if explanation.saliency is None:
@@ -116,6 +116,7 @@ class Report:
             "</div>",
             cards.colour_bar(words),
             cards.strength_meter(strength),
+            self._regions(explanation),
             cards.warning(words),
             cards.prediction_bars(explanation.predictions, explanation.explained_class, run.contrast),
             cards.facts(facts),
@@ -123,6 +124,14 @@ class Report:
             '<button class="download">download</button></p>',
         )
         return "".join(parts)
+
+    def _regions(self, explanation: Explanation) -> str:
+        """The server's picture of regions, if the run asked for it."""
+        run = self._run
+        if not run.shows_regions or explanation.heatmap_png is None:
+            return ""
+        caption = captions.regions(explanation.explained_label, run.contrast_label, run.heatmap_polarity)
+        return cards.regions_figure(explanation.heatmap_png, caption)
 
     def add_failure(self, name: str, message: str, file: bytes = b"") -> None:
         """Add an image that was not explained, the reason, and a thumbnail if the file can be read."""

@@ -62,6 +62,16 @@ class Run:
         named = self.parameters.get("polarity", "all")
         return next((polarity for polarity in captions.POLARITIES if polarity == named), "all")
 
+    @property
+    def heatmap_polarity(self) -> Polarity:
+        """Of the server's heatmap files, whose default is another than that of the colours."""
+        return self.polarity if "polarity" in self.parameters else "positive"
+
+    @property
+    def shows_regions(self) -> bool:
+        """Whether the server's heatmap files show regions."""
+        return self.parameters.get("overlay") == "regions"
+
     def facts(self, started: datetime) -> dict[str, str]:
         """What -> its words, for people."""
         network = "the server does not name it"

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 from classifier_files import Preprocessing
+from evidence_regions import PIXELS, Regions
 from heatmap_parameters import HeatmapParameters
 from matplotlib import colormaps
 from PIL import Image, ImageFilter
@@ -16,6 +17,11 @@ from PIL import Image, ImageFilter
 SMOOTHING_SHARE = 1.5 / 224
 # Opacity of the strongest heat: the image stays visible beneath.
 STRONGEST_BLEND = 0.85
+# What lies outside of the regions is grey, with this share of its contrast around a middle grey: darker and brighter
+# regions than that stand out alike.
+FADED, FADED_GREY = 0.35, 96
+# The outline of regions, in pixels of 224, and how much of its colour a region takes on if regions of both signs show.
+OUTLINE, TINT = 1 / 224, 0.35
 # Run lengths write the demo's pictures in 8.8 ms and 200 KB; level 3 takes 13.9 ms for 196 KB, level 6 33 ms for 186.
 PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
@@ -37,28 +43,62 @@ def pictures(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
-def draw_heatmap(image: np.ndarray, relevance: np.ndarray, parameters: HeatmapParameters) -> bytes:
+def draw_heatmap(
+    image: np.ndarray, relevance: np.ndarray, parameters: HeatmapParameters, max_region_pixels: int = PIXELS
+) -> bytes:
     """Draw one heatmap.
 
     Args:
         image: uint8 [height, width, 3], the image as the classifier saw it.
         relevance: float32 [height, width], signed: positive values support the explained class.
+        parameters: of the request.
+        max_region_pixels: most pixels that are segmented into regions.
 
     Returns:
         A PNG file of the same size.
     """
+    if parameters.overlay == "regions":
+        chosen = Regions.of(image, relevance, max_region_pixels).strongest(parameters.polarity)
+        return _png(_draw_regions(image, chosen, parameters.polarity == "all"))
     heat, strengths, colours = _heat(relevance, parameters)
     if parameters.overlay == "heatmap":
         drawn = colours[heat]
     elif parameters.overlay == "masked":
         drawn = image * strengths[heat][..., None]
     else:
-        grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
         share = STRONGEST_BLEND * strengths[:, None]
-        drawn = grey * (1 - share)[heat] + (share * colours)[heat]
+        drawn = _grey(image) * (1 - share)[heat] + (share * colours)[heat]
+    return _png(drawn)
+
+
+def _png(drawn: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(drawn.astype(np.uint8)).save(file, "PNG", **PNG_OPTIONS)
     return file.getvalue()
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """The image without colours, float32 [height, width, 1]."""
+    return np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
+
+
+def _draw_regions(image: np.ndarray, chosen: np.ndarray, shows_signs: bool) -> np.ndarray:
+    """The image where ``chosen`` int8 [height, width] is not 0, outlined in white, and the rest faded.
+
+    With ``shows_signs``, regions and outlines are red where ``chosen`` is 1 and blue where it is -1.
+
+    Returns:
+        float32 [height, width, 3].
+    """
+    drawn = np.where(chosen[..., None] != 0, image, FADED_GREY + FADED * (_grey(image) - 128))
+    width = 2 * max(1, round(OUTLINE * min(chosen.shape))) + 1
+    white, blue, red = np.full(3, 255, np.float32), *_color_table("coolwarm")[[0, 255]].astype(np.float32)
+    for sign, colour in ((-1, blue), (1, red)) if shows_signs else ((-1, white), (1, white)):
+        if shows_signs:
+            drawn[chosen == sign] += TINT * (colour - drawn[chosen == sign])
+        grown = Image.fromarray((chosen == sign).astype(np.uint8)).filter(ImageFilter.MaxFilter(width))
+        drawn[(np.asarray(grown) > 0) & (chosen == 0)] = colour
+    return drawn
 
 
 def _heat(relevance: np.ndarray, parameters: HeatmapParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from request_parameters import Number, RequestParameters, validate
 class HeatmapParameters(RequestParameters):
     """How an attribution is drawn."""
 
-    overlay: Literal["blend", "heatmap", "masked"] = Field("blend", description="one of {choices}")
+    overlay: Literal["blend", "heatmap", "masked", "regions"] = Field("blend", description="one of {choices}")
     polarity: Literal["positive", "negative", "absolute", "all"] = Field("positive", description="one of {choices}")
     clip_percentile: Number = Field(99.0, ge=50, le=100, allow_inf_nan=False, description="a number from 50 to 100")
     colormap: Literal["auto", "inferno", "magma", "plasma", "viridis", "cividis", "turbo", "coolwarm"] = Field(

@@ -31,6 +31,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         setup = ModelSetup.read(args)
         self.preprocessing = setup.preprocessing
+        self.max_region_pixels = int(setup.settings["max_region_pixels"])
         self.foreign_parameters = {name.strip() for name in setup.settings["foreign_parameters"].split(",")}
 
     def execute(self, requests: list[Any]) -> list[pb_utils.InferenceResponse]:
@@ -58,5 +59,7 @@ class TritonPythonModel:
             if not np.isfinite(values).all():
                 raise TensorError(f"{name} must be finite")
         images = pictures(pixels, self.preprocessing)
-        files = [draw_heatmap(image, map_, parameters) for image, map_ in zip(images, relevance)]
+        files = [
+            draw_heatmap(image, map_, parameters, self.max_region_pixels) for image, map_ in zip(images, relevance)
+        ]
         return np.array(files, np.object_)[:, None]
