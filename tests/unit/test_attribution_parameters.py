@@ -92,3 +92,30 @@ def test_cost_of_a_request_is_bounded():
         ParameterError, match=r"'n_steps' times 'nt_samples' times images .* 1000, not 50 x 10 x 3 = 1500"
     ):
         parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(3, limits)
+
+
+def test_several_baselines_are_separated_by_commas():
+    assert parse_parameters({"baseline": "black, white,blur"}, Limits()).baselines == ("black", "white", "blur")
+    assert parse_parameters({}, Limits()).baselines == ("zero",)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({"baseline": "black,purple"}, "'baseline' must be one of zero, black.*, not 'black,purple'"),
+        ({"baseline": "black,"}, "'baseline' must be one of"),
+        ({"baseline": "black,black"}, "'baseline' must name each baseline once, not 'black,black'"),
+        ({"baseline": ",".join(["zero"] * 9)}, "'baseline' must name at most 8 baselines, not 9"),
+        ({"baseline": "black,white", "nt_samples": 2}, "'nt_samples' must be absent beside several baselines"),
+    ],
+)
+def test_other_baselines_are_refused_with_the_reason(sent, message):
+    with pytest.raises(ParameterError, match=message):
+        parse_parameters(sent, Limits())
+
+
+def test_gradients_of_all_baselines_count_towards_the_limit():
+    parameters = parse_parameters({"baseline": "black,white", "n_steps": 100}, Limits(max_gradients=400))
+    parameters.check_cost(2, Limits(max_gradients=400))
+    with pytest.raises(ParameterError, match="times baselines times images must be at most 399, not 100 x 1 x 2 x 2"):
+        parameters.check_cost(2, Limits(max_gradients=399))

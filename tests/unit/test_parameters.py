@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from attribution_parameters import INTERNAL, AttributionParameters, Limits
+from attribution_parameters import BASELINES, INTERNAL, AttributionParameters, Limits
 from attribution_parameters import parse_parameters as parse_attribution
 from heatmap_parameters import HeatmapParameters
 from request_parameters import ParameterError
@@ -17,10 +17,11 @@ SERVED = {**AttributionParameters.model_fields, **HeatmapParameters.model_fields
 
 def test_the_client_knows_the_parameters_of_the_server():
     assert set(parameters.NAMES) == set(SERVED) - INTERNAL
+    assert parameters.BASELINES == BASELINES
     for name in parameters.NAMES:
         words = parameters.choices(name)
         assert words == getattr(SERVED[name].annotation, "__args__", ()) or not words
-        if words:
+        if words or name == "baseline":  # which takes several words
             continue
         bounds = {
             key: getattr(each, key)
@@ -43,6 +44,10 @@ def test_the_client_knows_the_parameters_of_the_server():
         {"method": "gausslegendre", "n_steps": 1},
         {"tolerance": 0.1, "n_steps": 3},
         {"n_steps": 1},
+        {"baseline": "black,white", "nt_samples": 2},
+        {"baseline": "black,white", "stdevs": 0.1},
+        {"baseline": "black", "nt_samples": 2},
+        {"baseline": "black,white"},
     ],
 )
 def test_contradictions_are_those_that_the_server_refuses(values):
@@ -92,3 +97,8 @@ def test_classes_have_numbers_and_names():
 def test_an_unknown_class_gets_near_ones(name, message):
     with pytest.raises(ValueError, match=message):
         class_of(name, LABELS)
+
+
+@pytest.mark.parametrize("baseline", ["black,white", ["black", "white"], ("black", "white")], ids=str)
+def test_several_baselines_are_sent_as_one_text(baseline):
+    assert parameters.as_sent({"baseline": baseline, "n_steps": 5}) == {"baseline": "black,white", "n_steps": 5}

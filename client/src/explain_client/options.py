@@ -11,7 +11,16 @@ from typing import Any, cast
 
 from explain_client import __version__
 from explain_client.connection import DEFAULT_URL, HEADERS_VARIABLE, TLS, URL_VARIABLE, ConnectionOptions, parse_header
-from explain_client.parameters import NAMES, RANGES, Parameters, choices, contradiction, did_you_mean, is_integer
+from explain_client.parameters import (
+    BASELINES,
+    NAMES,
+    RANGES,
+    Parameters,
+    choices,
+    contradiction,
+    did_you_mean,
+    is_integer,
+)
 from explain_client.runs import STDIN
 
 VERSION = f"explain-client {__version__}"
@@ -25,7 +34,8 @@ HELPS = {
     "tolerance": "largest relative error, 0.001 to 0.5: takes as few steps as reach it",
     "deadline_ms": "the best explanation within this time; may overrun by one pass",
     "method": "quadrature rule, by Captum's name, or calibrated (default: gausslegendre)",
-    "baseline": "where the path starts (default: zero)",
+    "baseline": f"where the path starts: {', '.join(BASELINES)}; or several, separated by commas, for the mean over "
+    "them (default: zero)",
     "output": "what is explained (default: logit)",
     "contrast": "a class to subtract, by number or label",
     "nt_samples": "SmoothGrad: noisy copies of the image (default: 1)",
@@ -168,6 +178,8 @@ def _explain_parser() -> argparse.ArgumentParser:
         kind = (
             _class(0)
             if name == "contrast"
+            else _baselines
+            if name == "baseline"
             else str
             if words
             else (_integer if is_integer(name) else _number)(low, high)
@@ -197,6 +209,19 @@ def _in_range(read: Callable[[str], float], what: str, low: float, high: float |
         return value
 
     return parsed
+
+
+def _baselines(text: str) -> str:
+    """One baseline or several, separated by commas, as they are sent."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BASELINES:
+            raise argparse.ArgumentTypeError(
+                f"must be of {', '.join(BASELINES)}, not {name!r}{did_you_mean(name, BASELINES)}"
+            )
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must name each baseline once, not {text!r}")
+    return ",".join(names)
 
 
 def _class(low: int) -> Callable[[str], int | str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias, TypedDict, get_args, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, get_args, get_origin, get_type_hints
 
 Method: TypeAlias = Literal[
     "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
@@ -21,7 +21,7 @@ class TensorParameters(TypedDict, total=False):
 
     n_steps: int
     method: Method
-    baseline: Baseline
+    baseline: Baseline | Sequence[Baseline]
     output: Output
     contrast: int | str
     tolerance: float
@@ -32,7 +32,10 @@ class TensorParameters(TypedDict, total=False):
 
 
 class Parameters(TensorParameters, total=False):
-    """Parameters of an explanation; the serving contract says what they mean. ``contrast`` is a class or its label."""
+    """Parameters of an explanation; the serving contract says what they mean. ``contrast`` is a class or its label.
+
+    Several baselines are a list, and the explanation is the mean over them.
+    """
 
     overlay: Overlay
     polarity: Polarity
@@ -40,6 +43,7 @@ class Parameters(TensorParameters, total=False):
     colormap: Colormap
 
 
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 # Smallest and largest value, None where the server's settings decide. Tests compare them with the server's own.
 RANGES: Mapping[str, tuple[float, float | None]] = {
     "n_steps": (1, None),
@@ -55,9 +59,9 @@ NAMES = tuple(get_type_hints(Parameters))
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The values of a parameter that takes words; empty for a number."""
+    """The values of a parameter that takes one word; empty for others."""
     kind = get_type_hints(Parameters)[name]
-    return get_args(kind) if kind not in (int, float, int | str) else ()
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def is_integer(name: str) -> bool:
@@ -66,7 +70,9 @@ def is_integer(name: str) -> bool:
 
 
 def as_sent(parameters: Mapping[str, Any]) -> dict[str, str | int]:
-    """Request parameters to send, floats as strings: the Python backend of Triton 2.51 drops doubles.
+    """Request parameters to send: several baselines as one text, floats as text.
+
+    The Python backend of Triton 2.51 drops doubles.
 
     Raises:
         TypeError: a name is no parameter.
@@ -74,7 +80,14 @@ def as_sent(parameters: Mapping[str, Any]) -> dict[str, str | int]:
     for name in parameters:
         if name not in NAMES:
             raise TypeError(f"unknown parameter {name!r}{did_you_mean(name, NAMES)}; known are {', '.join(NAMES)}")
-    return {name: str(value) if isinstance(value, float) else value for name, value in parameters.items()}
+    return {name: _as_sent(value) for name, value in parameters.items()}
+
+
+def _as_sent(value: Any) -> str | int:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    sent: str | int = str(value) if isinstance(value, float) else value
+    return sent
 
 
 def contradiction(parameters: Mapping[str, Any]) -> str:
@@ -83,6 +96,9 @@ def contradiction(parameters: Mapping[str, Any]) -> str:
     adaptive = [name for name in ("tolerance", "deadline_ms") if parameters.get(name) is not None]
     if adaptive and method is not None:
         return f"method must be absent beside {adaptive[0]}, which places its own points"
+    noise = next((name for name in ("nt_samples", "stdevs") if parameters.get(name) is not None), "")
+    if noise and "," in str(_as_sent(parameters.get("baseline", ""))):
+        return f"{noise} must be absent beside several baselines"
     least = 3 if adaptive else 2 if (method or "").startswith("riemann") else 1
     if parameters.get("n_steps") is not None and parameters["n_steps"] < least:
         return f"n_steps must be at least {least} with {adaptive[0] if adaptive else method}"

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from attribution_job import Explanation, Job, mean_explanation
+from baseline_mean import BaselineMean
 from classifier_network import CapturedPasses, EagerPasses, Network, Rows
 from error_law import TYPICAL_LAW
 from integration_path import IntegrationPath, StartPoint, place_end_points
@@ -45,24 +46,34 @@ PASSES_TIMED_TOGETHER = 8
 
 
 class _JobTask(Task):
-    """A waiting or running job: the noise samples still to draw, and the explanations of those that have finished."""
+    """A waiting or running job: the paths still to start, and the explanations of those that have finished.
+
+    ``mean`` holds the paths of a job whose baselines are refined together.
+    """
 
     def __init__(self, job: Job, expected_rows: int, rows_before: int) -> None:
+        is_mean = bool(job.further_baselines)
         super().__init__(
             expected_rows,
             rows_before,
-            job.nt_samples,
+            job.paths,
             job.deadline,
             job.request_start,
             job.is_cancelled,
             job.sharing_key,
+            needs_all=is_mean,
         )
         self.job = job
+        self.mean = BaselineMean(job.tolerance, job.paths) if is_mean and job.refines else None
         self.explanations: list[Explanation] = []
         self._started = math.nan
         self._generator: torch.Generator | None = None
 
-    def draw_image(self) -> Tensor:
+    def next_path(self) -> tuple[Job, Tensor]:
+        """The job of the next path, and its image."""
+        return self.job.path_job(self.job.paths - self.samples_left), self._draw_image()
+
+    def _draw_image(self) -> Tensor:
         """The next image to explain: the job's image, plus its next noise sample if it has noise."""
         job = self.job
         if not self.is_started:
@@ -73,11 +84,14 @@ class _JobTask(Task):
         return job.image + job.stdevs * torch.randn(job.image.shape, generator=self._generator).to(job.image)
 
     def result(self) -> Explanation | None:
-        """The mean explanation of the noise samples that finished; None if none did."""
+        """The mean explanation of the paths that finished; None if none did."""
         if not self.explanations:
             return None
         seconds = time.monotonic() - self._started
-        return replace(mean_explanation(self.explanations), started=self._started, seconds=seconds)
+        explanation = mean_explanation(self.explanations)
+        if self.mean is not None:
+            explanation = replace(explanation, error_estimate=self.mean.error_estimate)
+        return replace(explanation, started=self._started, seconds=seconds)
 
 
 _Scheduler = RowScheduler[_JobTask, IntegrationPath]
@@ -182,7 +196,7 @@ class AttributionEngine:
     def expected_rows(self, job: Job) -> int:
         """Rows that a job is expected to take."""
         rows = min(job.n_steps, self.usual_rows) if job.refines else math.ceil(job.n_steps / job.parts)
-        return job.nt_samples * rows
+        return job.paths * rows
 
     def seconds_before(self, job: Job, others: Iterable[Job] = ()) -> float:
         """Expected seconds until the first row of a job that comes now. Safe to call from any thread.
@@ -215,16 +229,14 @@ class AttributionEngine:
         """Schedule, run and commit one chunk; yields tasks that have finished."""
         while (task := scheduler.next_to_start()) is not None:
             sharing = scheduler.deadline_paths + (task.job.deadline is None)
-            image = task.draw_image()
-            if task.job.state is not None:
-                path = IntegrationPath.resumed(task.job, self.network)
+            job, image = task.next_path()
+            if job.state is not None:
+                path = IntegrationPath.resumed(job, self.network)
                 scheduler.start(task, path)
-                if not path.goes_on(self._affordable_steps(task.job, path.overlap, sharing)):
+                if not path.goes_on(self._affordable_steps(job, path.overlap, sharing)):
                     self._finish(task, path, scheduler, with_delta)
                 continue
-            path = IntegrationPath(
-                task.job, image, self._rule(task.job, sharing), self.network, self._multiply_by_inputs
-            )
+            path = IntegrationPath(job, image, self._rule(job, sharing), self.network, self._multiply_by_inputs)
             scheduler.start(task, path)
         self._finish_late(scheduler, with_delta)
         yield from scheduler.take_finished()  # before another pass
@@ -239,17 +251,17 @@ class AttributionEngine:
     def _finish_late(self, scheduler: _Scheduler, with_delta: bool) -> None:
         """End paths whose deadline is over, with the best answer so far.
 
-        If no noise sample of a job has an answer yet, one of them goes on.
+        If no noise sample of a job has an answer yet, one of them goes on. So do all baselines of a job without one.
         """
         unanswered: list[tuple[_JobTask, IntegrationPath]] = []
         for task, path in scheduler.late():
             if path.finish_early():
-                self._finish(task, path, scheduler, with_delta)
+                self._complete(task, path, scheduler, with_delta)
             else:
                 unanswered.append((task, path))
         going_on: set[_JobTask] = set()
         for task, path in unanswered:
-            if task.explanations or task in going_on:
+            if not task.needs_all and (task.explanations or task in going_on):
                 scheduler.end(task, path)
             going_on.add(task)
 
@@ -321,8 +333,31 @@ class AttributionEngine:
             if path.rows_left:
                 continue
             sharing = max(1, scheduler.deadline_paths)
-            if not path.next_stage(self._affordable_steps(task.job, path.overlap, sharing)):
+            if task.mean is not None:
+                path.complete_stage()
+                self._complete(task, path, scheduler, with_delta)
+            elif not path.next_stage(self._affordable_steps(task.job, path.overlap, sharing)):
                 self._finish(task, path, scheduler, with_delta)
+
+    def _complete(self, task: _JobTask, path: IntegrationPath, scheduler: _Scheduler, with_delta: bool) -> None:
+        """Finish a path, or let it wait for the others of its job and finish or refine them together."""
+        mean = task.mean
+        if mean is None:
+            self._finish(task, path, scheduler, with_delta)
+            return
+        scheduler.park(path)
+        mean.add(path)
+        if not mean.is_complete:
+            return
+        sharing = scheduler.deadline_paths + task.job.paths
+        going_on = (
+            [] if task.is_late else mean.refine(lambda each: self._affordable_steps(task.job, each.overlap, sharing))
+        )
+        for each in going_on:
+            scheduler.resume(task, each)
+        if not going_on:
+            for each in mean.waiting:
+                self._finish(task, each, scheduler, with_delta)
 
     def _finish(self, task: _JobTask, path: IntegrationPath, scheduler: _Scheduler, with_delta: bool) -> None:
         task.explanations.append(path.explanation(with_delta))

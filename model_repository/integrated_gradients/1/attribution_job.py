@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from path_rules import Rule
+
+LARGEST_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,9 @@ class Job:
     With ``nt_samples`` and ``stdevs`` (Captum's NoiseTunnel) the attribution is the mean over ``nt_samples`` paths to
     the image plus Gaussian noise of standard deviation ``stdevs``, drawn on the CPU from ``seed`` (SmoothGrad, arXiv
     1706.03825).
+
+    With ``further_baselines`` the attribution is the mean over paths from each baseline, each with the job's method and
+    ``n_steps``. A ``tolerance`` then holds for the mean. There is no noise beside them.
     """
 
     image: Tensor
@@ -63,8 +68,34 @@ class Job:
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
     request_start: RequestStart = field(default_factory=RequestStart)
     rule: tuple[Tensor, Tensor] | None = None
-    keeps_state: bool = False  # the explanation has a ``state``, unless there is noise
+    further_baselines: Sequence[tuple[Tensor, Hashable]] = ()  # each with its key
+    keeps_state: bool = False  # the explanation has a ``state``, if the job has one path
     state: PathState | None = None  # where a job with a tolerance or a deadline goes on
+
+    def __post_init__(self) -> None:
+        if self.further_baselines and (self.nt_samples > 1 or self.stdevs):
+            raise ValueError("a mean over baselines takes no noise")
+
+    @property
+    def paths(self) -> int:
+        """Paths whose mean is the attribution."""
+        return self.nt_samples * (1 + len(self.further_baselines))
+
+    def path_job(self, number: int) -> Job:
+        """The job of one of the paths, which has one baseline."""
+        if not self.further_baselines:
+            return self
+        baseline, key = ((self.baseline, self.baseline_key), *self.further_baselines)[number]
+        return replace(
+            self,
+            baseline=baseline,
+            baseline_key=key,
+            ends_key=self.ends_key and (self.ends_key, number),
+            further_baselines=(),
+            # The errors of paths partly cancel in the mean. The engine refines those further that the mean needs.
+            tolerance=self.tolerance and min(LARGEST_TOLERANCE, self.tolerance * math.sqrt(self.paths)),
+            keeps_state=False,
+        )
 
     @property
     def refines(self) -> bool:
@@ -118,9 +149,10 @@ class Explanation:
     Attributes:
         attributions: shaped like the image.
         convergence_delta: Captum's, a scalar tensor: the sum of the attributions minus (F(image) - F(baseline)), the
-            mean over noise samples; None if it was not requested.
+            mean over paths; None if it was not requested.
         n_steps: gradients taken.
-        error_estimate: estimated relative L2 error, a mean over noise samples; NaN without a tolerance or deadline.
+        error_estimate: estimated relative L2 error, a mean over noise samples, or that of the mean over baselines; NaN
+            without a tolerance or deadline.
         weight_sum: sum of the quadrature's weights. For a part it is below 1, and the delta counts that share of the
             output's change.
         started: by ``time.monotonic``, when its first path was started.
@@ -139,7 +171,7 @@ class Explanation:
 
 
 def mean_explanation(samples: Sequence[Explanation]) -> Explanation:
-    """A job's explanation: the mean over its noise samples."""
+    """A job's explanation: the mean over its paths."""
     if len(samples) == 1:
         return samples[0]
     attributions = torch.stack([sample.attributions for sample in samples]).mean(dim=0)

@@ -11,13 +11,17 @@ from request_parameters import Integer, Number, ParameterError, RequestParameter
 
 # `explain_stream` uses them to request an attribution in interleaved parts; messages to clients leave them out.
 INTERNAL = frozenset({"part", "parts"})
+BASELINES = ("zero", "black", "gray", "white", "blur", "noise")
+# Most baselines of one request.
+MOST_BASELINES = 8
 
 
 @dataclass(frozen=True)
 class Limits:
     """The largest values that a request may have; settings of the model.
 
-    ``max_gradients`` bounds ``n_steps`` times ``nt_samples`` times images, to which a request's time is proportional.
+    ``max_gradients`` bounds ``n_steps`` times ``nt_samples`` times baselines times images, to which a request's time is
+    proportional.
     """
 
     max_n_steps: int = 1000
@@ -36,7 +40,9 @@ class AttributionParameters(RequestParameters):
     method: Literal[
         "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
     ] = Field("gausslegendre", description="one of {choices}")
-    baseline: Literal["zero", "black", "gray", "white", "blur", "noise"] = Field("zero", description="one of {choices}")
+    baseline: str = Field(
+        "zero", description=f"one of {', '.join(BASELINES)}, or several of them, separated by commas, for their mean"
+    )
     output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
     contrast: Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")
     tolerance: Number | None = Field(
@@ -52,6 +58,11 @@ class AttributionParameters(RequestParameters):
     seed: Integer = Field(0, ge=0, lt=2**63, description="an integer from 0 to 2**63 - 1")
 
     @property
+    def baselines(self) -> tuple[str, ...]:
+        """The names of the baselines."""
+        return tuple(name.strip() for name in self.baseline.split(","))
+
+    @property
     def smooths(self) -> bool:
         """Whether the request names a noise parameter; without one there is no noise, whatever their defaults."""
         return bool(self.model_fields_set & {"nt_samples", "stdevs"})
@@ -62,6 +73,7 @@ class AttributionParameters(RequestParameters):
         Raises:
             ParameterError: two values do; the message names both.
         """
+        self._check_baselines()
         for name in ("tolerance", "deadline_ms"):
             if getattr(self, name) is not None and "method" in self.model_fields_set:
                 places = f"{name!r}, which places its own nodes"
@@ -77,6 +89,18 @@ class AttributionParameters(RequestParameters):
             raise ParameterError(f"parameter 'part' must be below 'parts', {self.parts}, not {self.part}")
         if self.parts > self.n_steps:
             raise ParameterError(f"parameter 'parts' must be at most 'n_steps', {self.n_steps}, not {self.parts}")
+
+    def _check_baselines(self) -> None:
+        names = self.baselines
+        if len(names) > MOST_BASELINES:
+            raise ParameterError(f"parameter 'baseline' must name at most {MOST_BASELINES} baselines, not {len(names)}")
+        if not set(names) <= set(BASELINES):
+            raise refusal(type(self), "baseline", self.baseline, {})
+        if len(set(names)) < len(names):
+            raise ParameterError(f"parameter 'baseline' must name each baseline once, not {self.baseline!r:.100}")
+        if len(names) > 1 and self.smooths:
+            noise = " and ".join(repr(name) for name in ("nt_samples", "stdevs") if name in self.model_fields_set)
+            raise ParameterError(f"parameter {noise} must be absent beside several baselines")
 
     def check_limits(self, limits: Limits) -> None:
         """Check the values against the server's limits.
@@ -102,11 +126,14 @@ class AttributionParameters(RequestParameters):
         Raises:
             ParameterError: they are too many.
         """
-        gradients = self.n_steps * self.nt_samples * images
+        baselines = len(self.baselines)
+        gradients = self.n_steps * self.nt_samples * baselines * images
         if gradients > limits.max_gradients:
+            several = baselines > 1
             raise ParameterError(
-                f"parameter 'n_steps' times 'nt_samples' times images must be at most {limits.max_gradients}, "
-                f"not {self.n_steps} x {self.nt_samples} x {images} = {gradients}"
+                f"parameter 'n_steps' times 'nt_samples' {'times baselines ' * several}times images must be at most "
+                f"{limits.max_gradients}, not {self.n_steps} x {self.nt_samples} "
+                f"{f'x {baselines} ' * several}x {images} = {gradients}"
             )
 
 

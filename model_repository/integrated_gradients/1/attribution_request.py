@@ -122,11 +122,16 @@ class RequestReader:
         """One job for each image."""
         asked = work.parameters
         deadline = None if asked.deadline_ms is None else reply.arrived + asked.deadline_ms / 1000
-        baseline_seed = asked.seed if asked.baseline == "noise" else None
-        return [
-            Job(
+        seed = asked.seed if "noise" in asked.baselines else None
+        jobs = []
+        for image, logits, target, digest in zip(work.pixels, work.logits, work.targets, work.digests):
+            (baseline, key), *further = (
+                (self.baselines.make(name, image, asked.seed), name if name in Baselines.CONSTANT else None)
+                for name in asked.baselines
+            )
+            job = Job(
                 image=image,
-                baseline=self.baselines.make(asked.baseline, image, asked.seed),
+                baseline=baseline,
                 target=target,
                 n_steps=asked.n_steps,
                 method=asked.method,
@@ -140,13 +145,14 @@ class RequestReader:
                 stdevs=asked.stdevs if asked.smooths else 0.0,
                 seed=asked.seed,
                 image_logits=logits,
-                baseline_key=asked.baseline if asked.baseline in Baselines.CONSTANT else None,
+                baseline_key=key,
                 # A health check is to find out whether gradients can be taken.
-                ends_key=None if reply.is_probe else (self.model_sha256, digest, asked.baseline, baseline_seed),
+                ends_key=None if reply.is_probe else (self.model_sha256, digest, asked.baselines, seed),
                 is_cancelled=reply.is_unwanted,
+                further_baselines=further,
             )
-            for image, logits, target, digest in zip(work.pixels, work.logits, work.targets, work.digests)
-        ]
+            jobs.append(job)
+        return jobs
 
 
 class Reply:

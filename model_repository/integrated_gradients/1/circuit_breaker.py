@@ -98,4 +98,4 @@ def _expected_rows(parameters: AttributionParameters, usual_rows: float) -> floa
     if parameters.deadline_ms is not None:
         return 0
     steps = parameters.n_steps if parameters.tolerance is None else min(parameters.n_steps, usual_rows)
-    return steps * parameters.nt_samples
+    return steps * parameters.nt_samples * len(parameters.baselines)

@@ -36,12 +36,18 @@ class StageError:
 
     Attributes:
         attributions: shaped like the image.
-        difference: relative norm of the difference that estimates the error.
+        difference_map: the difference that estimates the error, likewise.
+        difference: its relative norm.
+        surplus: absolute completeness gap, without what may be rounding.
+        change: F(image) - F(baseline).
         gap: relative completeness gap.
     """
 
     attributions: Tensor
+    difference_map: Tensor
     difference: float
+    surplus: float
+    change: float
     gap: float
 
 
@@ -67,6 +73,7 @@ class IntegrationPath:
         self._next_step = 0
         self._attributions: Tensor | None = None
         self._state: PathState | None = None
+        self.stage: StageError | None = None  # the last complete one
         self.is_placed = False
 
     @classmethod
@@ -90,7 +97,7 @@ class IntegrationPath:
         """Begin the next stage of a resumed path; False if it has reached its aim, or cannot afford more."""
         assert self._state is not None
         assert self._attributions is not None
-        return self.rule.refine(self._state.difference, _ratio(*self._gap(self._attributions).tolist()), affordable)
+        return self.rule.refine(self._state.difference, ratio(*self._gap(self._attributions).tolist()), affordable)
 
     @property
     def rows_left(self) -> int:
@@ -145,15 +152,24 @@ class IntegrationPath:
 
     def next_stage(self, affordable: float) -> bool:
         """Complete the stage; whether the rule begins another, of at most ``affordable`` steps."""
+        self.complete_stage()
+        return self.refine(affordable)
+
+    def complete_stage(self) -> None:
+        """Complete the stage and, if its rule can refine it, estimate its error."""
         difference = self.rule.complete_stage()
         if difference is None:
-            return False
-        stage = self.estimate_error(difference)
+            return
+        self.stage = stage = self.estimate_error(difference)
         self._attributions = stage.attributions
         if self.job.keeps_state and not self.job.stdevs:
             start = self._end_logits[1]
             self._state = PathState(start, self.rule.completed(), stage.attributions, stage.difference)
-        if not self.rule.refine(stage.difference, stage.gap, affordable):
+
+    def refine(self, affordable: float) -> bool:
+        """Whether the rule begins another stage after the complete one, of at most ``affordable`` steps."""
+        stage = self.stage
+        if stage is None or not self.rule.refine(stage.difference, stage.gap, affordable):
             return False
         self._next_step = 0
         return True
@@ -169,9 +185,9 @@ class IntegrationPath:
             difference: [1, ...], between two weighted sums of gradients behind the stem.
         """
         attributions, difference_map = self._pull_back(torch.cat((self._gradient, difference)))
-        sizes = torch.stack((difference_map.norm(), attributions.norm()))
-        norms = torch.cat((sizes, self._gap(attributions))).tolist()
-        return StageError(attributions, _ratio(*norms[:2]), _ratio(*norms[2:]))
+        sizes = torch.stack((difference_map.norm(), attributions.norm(), self._change))
+        error, norm, change, surplus, scale = torch.cat((sizes, self._gap(attributions))).tolist()
+        return StageError(attributions, difference_map, ratio(error, norm), surplus, change, ratio(surplus, scale))
 
     def _gap(self, attributions: Tensor) -> Tensor:
         """The completeness gap of attributions and what it is relative to, [2]."""
@@ -185,9 +201,7 @@ class IntegrationPath:
     def explanation(self, with_delta: bool) -> Explanation:
         """The explanation of a finished path."""
         job, weight_sum, delta = self.job, 1.0, None
-        attributions = self._attributions
-        if attributions is None:
-            (attributions,) = self._pull_back(self._gradient)
+        attributions = self.attributions
         if job.parts > 1:
             weight_sum = quadrature(job.method, job.n_steps)[1][job.part :: job.parts].sum().item()
         if with_delta:
@@ -201,6 +215,11 @@ class IntegrationPath:
     def _network(self) -> Network:
         assert self._given_network is not None
         return self._given_network
+
+    @property
+    def attributions(self) -> Tensor:
+        """The answer so far, shaped like the image."""
+        return self._pull_back(self._gradient)[0] if self._attributions is None else self._attributions
 
     @property
     def _gradient(self) -> Tensor:
@@ -235,7 +254,7 @@ class IntegrationPath:
         if end is None:
             end = self._network(self.image.unsqueeze(0))[0]
         if self.start.logits is None:
-            self.start.logits = self._network(job.baseline.unsqueeze(0))[0]
+            self.start.logits = self._network(job.baseline.unsqueeze(0).contiguous())[0]
         return end, self.start.logits
 
 
@@ -274,5 +293,6 @@ def _end_key(path: IntegrationPath) -> Hashable:
     return path if path.job.sharing_key is None else path.job.ends_key
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """A relative size; that of nothing in nothing is 0."""
     return part / whole if whole else math.inf if part else 0.0

@@ -31,12 +31,14 @@ def work_key(job: Job) -> Hashable:
         return None
     noise = (job.nt_samples, job.stdevs, job.seed) if job.stdevs else None
     rule = (job.n_steps, job.method, job.tolerance, job.part, job.parts)
-    return path_key(job), rule, noise
+    # A mean over baselines has no state, from which another job's logits could make an answer.
+    logits = _logits_digest(job) if job.further_baselines else None
+    return path_key(job), rule, noise, logits
 
 
 def is_plain(job: Job) -> bool:
     """Whether it has one path, to the image without noise."""
-    return job.nt_samples == 1 and not job.stdevs
+    return job.paths == 1 and not job.stdevs
 
 
 def path_key(job: Job) -> Hashable:
@@ -50,9 +52,13 @@ def answer_key(job: Job) -> Hashable:
     A tolerance stops by the completeness gap, for which the request's own logits count. So they are part of the key.
     """
     key = work_key(job)
-    if key is None or job.tolerance is None or job.stdevs or job.image_logits is None:
+    if key is None or job.tolerance is None or not is_plain(job):
         return key
-    return key, hashlib.sha256(job.image_logits.cpu().numpy().tobytes()).digest()
+    return key, _logits_digest(job)
+
+
+def _logits_digest(job: Job) -> bytes | None:
+    return None if job.image_logits is None else hashlib.sha256(job.image_logits.cpu().numpy().tobytes()).digest()
 
 
 def answer_from(explanation: Explanation, job: Job) -> Explanation | None:
@@ -61,7 +67,7 @@ def answer_from(explanation: Explanation, job: Job) -> Explanation | None:
     The delta is that of the job's own logits. Whether a tolerance is reached depends on them, too.
     """
     state = explanation.state
-    if job.tolerance is not None and not job.stdevs:
+    if job.tolerance is not None and is_plain(job):
         return None if state is None else finished(state, job)
     if state is not None and job.image_logits is not None:
         change = job.objective(job.image_logits) - job.objective(state.start_logits)

@@ -49,13 +49,14 @@ class Baselines:
             seed: of the noise, which is drawn on the CPU so that it is the same on every device.
 
         Returns:
-            float32, shaped like ``pixels``. Baselines in ``CONSTANT`` depend only on that shape.
+            float32, shaped like ``pixels``. Baselines in ``CONSTANT`` depend only on that shape, and are views of one
+            colour, since up to six belong to each waiting image.
         """
         if name == "zero":
-            return torch.zeros_like(pixels)
+            return pixels.new_zeros(()).expand_as(pixels)
         if name == "blur":
             return blur(pixels)
         if name == "noise":
             return torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
         mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
-        return ((_PIXEL_VALUES[name] - mean) / std).expand_as(pixels).contiguous()
+        return ((_PIXEL_VALUES[name] - mean) / std).expand_as(pixels)

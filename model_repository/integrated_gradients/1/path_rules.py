@@ -65,6 +65,19 @@ class Rule:
         """
         raise NotImplementedError
 
+    @property
+    def error_share(self) -> float:
+        """The estimated error as a share of the difference that ``complete_stage`` returned."""
+        return math.nan
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the error estimate of the complete stage may end the path."""
+        return True
+
+    def aim(self, tolerance: float) -> None:
+        """Refine to another tolerance from now on."""
+
     def refine(self, error: float, gap: float, affordable: float = math.inf) -> bool:
         """Begin another stage where one is needed; call it after ``complete_stage``.
 
@@ -169,8 +182,15 @@ class AdaptiveTrapezoidRule(Rule):
         self.gradient = torch.stack([panel.value for panel in self._panels]).sum(dim=0)
         return torch.stack([panel.difference for panel in self._panels]).sum(dim=0)
 
+    @property
+    def error_share(self) -> float:
+        return ERROR_PER_DIFFERENCE
+
+    def aim(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+
     def refine(self, error: float, gap: float, affordable: float = math.inf) -> bool:
-        self.error_estimate = ERROR_PER_DIFFERENCE * error
+        self.error_estimate = self.error_share * error
         if max(self.error_estimate, gap) <= self._tolerance:
             return False
         self._refining = self._choose(min(affordable, self._most_steps - self.n_steps))

@@ -129,15 +129,24 @@ class RichardsonRule(Rule):
         """The error of the fine steps as a share of the difference."""
         return self._law.share(self._coarse_steps, self._counts[-1])
 
+    @property
+    def error_share(self) -> float:
+        return self._law.margin * (SINGLE_STEP_MARGIN if self._coarse_steps == 1 else 1) * self._error_share()
+
+    @property
+    def is_trusted(self) -> bool:
+        # Without a calibration the first two stages may agree by chance, because both miss a part of the path.
+        return not self._scouts or len(self._counts) == 1
+
+    def aim(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+
     def refine(self, error: float, gap: float, affordable: float = math.inf) -> bool:
-        margin = self._law.margin * (SINGLE_STEP_MARGIN if self._coarse_steps == 1 else 1)
-        self.error_estimate = margin * self._error_share() * error
+        self.error_estimate = self.error_share * error
         is_exact = error == gap == 0  # no gradient, or a constant one
         if is_exact or math.isnan(error):
             return False
-        # Without a calibration the first two stages may agree by chance, because both miss a part of the path.
-        is_trusted = not self._scouts or len(self._counts) == 1
-        if is_trusted and max(self.error_estimate, gap) <= self._tolerance:
+        if self.is_trusted and max(self.error_estimate, gap) <= self._tolerance:
             return False
         steps_left = min(affordable, self._most_steps - self.n_steps)
         is_scouting = self._scouts and self._counts == SCOUTING_STEPS

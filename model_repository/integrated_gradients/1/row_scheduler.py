@@ -59,6 +59,7 @@ class Task:
         request_start: of its request.
         is_cancelled: whether its client no longer waits.
         sharing_key: tasks of equal keys begin with the same points of the same path; None if it may share none.
+        needs_all: whether it takes all of its paths, even after its deadline.
         samples_under_way: paths that have been started and have not ended.
         rows_spent: rows passed so far.
     """
@@ -70,6 +71,7 @@ class Task:
     request_start: RequestStart = field(default_factory=RequestStart)
     is_cancelled: Callable[[], bool] = lambda: False
     sharing_key: Hashable = None
+    needs_all: bool = False
     samples_under_way: int = field(default=0, init=False)
     rows_spent: int = field(default=0, init=False)
 
@@ -224,18 +226,27 @@ class RowScheduler(Generic[TaskT, PathT]):
         task.samples_under_way += 1
         self._under_way.append((task, path))
 
+    def park(self, path: PathT) -> None:
+        """Take a path that waits for others of its task out of the passes; it has not ended."""
+        self._under_way = [pair for pair in self._under_way if pair[1] is not path]
+
+    def resume(self, task: TaskT, path: PathT) -> None:
+        """Put a parked path back."""
+        self._under_way.append((task, path))
+
     def end(self, task: TaskT, path: PathT) -> None:
         """Remove a path that has its answer or gets none."""
-        self._under_way = [pair for pair in self._under_way if pair[1] is not path]
+        self.park(path)
         task.samples_under_way -= 1
         if task.is_finished:
             self._finished.append(task)
 
     def late(self) -> list[tuple[TaskT, PathT]]:
-        """Paths under way whose deadline is over; their tasks start no more paths."""
+        """Paths under way whose deadline is over; their tasks start no more paths, unless they need all."""
         late = [(task, path) for task, path in self._under_way if task.is_late]
         for task, _ in late:
-            task.samples_left = 0
+            if not task.needs_all:
+                task.samples_left = 0
         return late
 
     def take_finished(self) -> list[TaskT]:
