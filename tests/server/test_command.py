@@ -103,6 +103,43 @@ def test_json_lines_have_everything_and_the_failures(server, folder, tmp_path):
     assert Path(line["heatmap"]).is_file()
 
 
+@pytest.mark.parametrize(
+    ("asked", "classes"), [("top2", None), (f"{CLASSES[3]}, 0", [3, 0])], ids=["the likeliest", "by label and number"]
+)
+def test_several_classes_have_a_line_and_a_heatmap_each(server, folder, tmp_path, asked, classes):
+    words = [folder / "one.png", folder / "broken.png", "--url", server.grpc_url, "--out", tmp_path, *FEW_STEPS]
+    result = explain(*words, "--targets", asked, "--json", "--report", tmp_path / "report.html")
+    assert result.returncode == 1
+    assert "1 of 2 explained, 1 failed; heatmaps in" in result.stderr
+    lines = [line for line in map(json.loads, result.stdout.splitlines()) if "error" not in line]
+    predicted = [prediction["index"] for prediction in lines[0]["predictions"]]
+    expected = classes or predicted[:2]
+    assert [line["explained_class"] for line in lines] == expected
+    heatmaps = [Path(line["heatmap"]) for line in lines]
+    assert [path.name for path in heatmaps] == [f"one.{each}.heatmap.png" for each in expected]
+    assert heatmaps[0].read_bytes() != heatmaps[1].read_bytes()
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<figcaption>Why {CLASSES[each]}?" in page for each in expected)
+    assert ("the 2 likeliest classes" if classes is None else f"{CLASSES[3]}, {CLASSES[0]}") in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--targets", "top0"], "--targets 'top0' is not one of the server's 12 labels"),
+        (["--targets", "1,,2"], "must be top3 or the like, or classes separated by commas, not '1,,2'"),
+        (["--targets", "99"], "--targets 99 is not one of the server's classes, 0 to 11"),
+        (["--targets", "top2", "--target", "1"], "argument --target: not allowed with argument --targets"),
+        (["--targets", "top2", "--stream"], "--targets does not go with --stream"),
+        (["--targets", "top2", "--skip-existing"], "--targets does not go with --skip-existing"),
+    ],
+)
+def test_classes_that_cannot_be_asked_for_are_wrong_usage(server, folder, tmp_path, words, said):
+    result = explain(folder / "one.png", "--url", server.grpc_url, "--out", tmp_path, *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_stream_shows_the_prediction_and_then_the_error_shrinking(server, folder, tmp_path, as_json):
     options = ["--url", server.grpc_url, "--out", tmp_path, "--stream", "--n-steps", 16, *["--json"] * as_json]

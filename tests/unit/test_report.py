@@ -62,7 +62,7 @@ def page(tmp_path_factory) -> Path:
     with Report(path, run=RUN) as report:
         images = (("in/zebra.png", (200, 200)), ("apple.jpg", (300, 200)), (LONG, (40, 60)))
         for index, (name, size) in enumerate(images):
-            report.add(name, encode(scene_image(index).resize(size)), explanation(index), 1e3 * index + 40)
+            report.add(name, encode(scene_image(index).resize(size)), [explanation(index)], 1e3 * index + 40)
         report.add_failure("broken <i>.png", "IMAGE is not a JPEG & no PNG")
         report.add_failure("busy.png", "the server has too much to do", encode(scene_image(0)))
     return path
@@ -278,6 +278,46 @@ def test_page_fits_a_phone_and_is_dark_where_that_is_wanted(report):
     assert report.get_log("browser") == []
 
 
+def test_classes_of_one_image_stand_side_by_side(browser, tmp_path):
+    first, second = explanation(0), replace(explanation(1), predictions=explanation(0).predictions, n_steps=11)
+    with Report(tmp_path / "page.html") as report:
+        report.add("both.png", encode(scene_image(0)), [first, second], 70)
+        report.add("one.png", encode(scene_image(1)), [explanation(2)], 70)
+    browser.set_window_size(1300, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    both = card(browser, 0)
+    pictures = both.find_elements(By.CSS_SELECTOR, ".coloured")
+    assert [each.text for each in both.find_elements(By.CSS_SELECTOR, ".pictures figcaption")] == [
+        "The photograph",
+        "Why star?",
+        "Why ring?",
+    ]
+    assert len({each.size["width"] for each in pictures}) == 1
+    assert text(browser, ".legend").split("\n") == ["speaks against the named class", "speaks for the named class"]
+    assert text(browser, ".facts").split(" · ") == [
+        "explanation accurate to about ±8\u00a0%",
+        "41 gradient steps",
+        "70 ms",
+    ]
+    assert [each.text for each in both.find_elements(By.CSS_SELECTOR, ".explained")] == ["star", "ring"]
+    # Colours of one card are on one scale: those of the second class are half as strong.
+    layers = [each.find_element(By.CSS_SELECTOR, ".layer").get_attribute("src") for each in pictures]
+    strongest = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))))[..., 3].max() for src in layers
+    ]
+    assert strongest[1] < 0.75 * strongest[0]
+    pictures[1].click()
+    dialog = browser.find_element(By.TAG_NAME, "dialog")
+    assert dialog.find_element(By.TAG_NAME, "p").text.endswith("Why ring?")
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
+    assert dialog.find_element(By.TAG_NAME, "p").text.startswith("one.png")
+    ActionChains(browser).send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT).perform()
+    assert dialog.find_element(By.TAG_NAME, "p").text.endswith("Why star?")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert browser.switch_to.active_element == pictures[0]
+    assert browser.get_log("browser") == []
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"), [({}, "for star"), ({"polarity": "all"}, "for star (red) or for ring")]
 )
@@ -286,7 +326,7 @@ def test_a_run_of_regions_shows_the_servers_picture(tmp_path, parameters, said):
     for overlay in ("regions", "masked"):
         run = replace(RUN, parameters={"overlay": overlay, **parameters})
         with Report(tmp_path / overlay, run=run) as report:
-            report.add("a.png", file, replace(explanation(0), heatmap_png=file))
+            report.add("a.png", file, [replace(explanation(0), heatmap_png=file)])
     picture = base64.b64encode(file).decode()
     page = (tmp_path / "regions").read_text()
     assert page.count(picture) == 1

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def same(one: Explanation, other: Explanation) -> bool:
 
 
 # A mean over two baselines; the key of its ends stands for both.
-MEAN = {"further_baselines": [(torch.ones_like(IMAGE), "one")], "ends_key": "image, zero and one"}
+MEAN: dict[str, Any] = {"further_baselines": [(torch.ones_like(IMAGE), "one")], "ends_key": "image, zero and one"}
 OPTIONS = [
     {},
     {"probability": True, "contrast": 1},

@@ -118,14 +118,17 @@ def _wanted(options: argparse.Namespace) -> list[Wanted]:
 
 
 async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace) -> dict[str, Any]:
-    """Target and parameters of each request, with numbers for labels, and in the range of the server's classes."""
-    target, parameters = options.target, contract_parameters(options)
+    """Classes and parameters of each request, with numbers for labels, and in the range of the server's classes."""
+    target, targets, parameters = options.target, options.targets, contract_parameters(options)
     with refusing_usage():
         if target is not None:
             target = class_of(target, await client.labels(), "--target")
+        if isinstance(targets, list):
+            labels = await client.labels()
+            targets = list(dict.fromkeys(class_of(each, labels, "--targets") for each in targets))
         if "contrast" in parameters:
             parameters["contrast"] = class_of(parameters["contrast"], await client.labels(), "--contrast")
-    return {"target": target, **parameters}
+    return {**({"target": target} if targets is None else {"targets": targets}), **parameters}
 
 
 def _sort_out(

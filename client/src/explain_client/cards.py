@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from html import escape
 from importlib.resources import files
 
@@ -77,9 +77,10 @@ def colour_bar(words: Caption) -> str:
     )
 
 
-def prediction_bars(predictions: Iterable[Prediction], explained: int, contrast: int | None = None) -> str:
-    """A bar for each class; the explained one and the one it is compared with stand out."""
-    kinds = {contrast: " contrast", explained: " explained"}
+def prediction_bars(predictions: Iterable[Prediction], explained: Collection[int], contrast: int | None = None) -> str:
+    """A bar for each class; the explained ones and the one they are compared with stand out."""
+    kinds: dict[int | None, str] = {contrast: " contrast"}
+    kinds |= dict.fromkeys(explained, " explained")
     bars = [
         f'<span class="label{kinds.get(each.index, "")}" title="{escape(each.label)}">{escape(each.label)}</span>'
         f'<span class="track"><i style="width:{100 * each.probability:.1f}%"></i></span>'

@@ -135,7 +135,7 @@ class Session:
             cards.colour_bar(words),
             *shown[1:],
             cards.warning(words),
-            cards.prediction_bars(panel.prediction.predictions, panel.prediction.explained_class, contrast),
+            cards.prediction_bars(panel.prediction.predictions, [panel.prediction.explained_class], contrast),
             cards.facts(self._facts(panel, status)),
         )
         css = f"--strength:{share:.4f};{cards.style(style.polarity)}"
@@ -155,7 +155,7 @@ class Session:
                 if panel.failure:
                     report.add_failure(panel.name, panel.failure, panel.file)
                 elif panel.prediction is not None and panel.level is not None:
-                    report.add(panel.name, panel.file, _explanation(panel.prediction, panel.level))
+                    report.add(panel.name, panel.file, [_explanation(panel.prediction, panel.level)])
 
     def _run(self, question: Question, style: Style) -> Run:
         asked = {"tolerance": question.tolerance, "polarity": style.polarity, "contrast": question.contrast}

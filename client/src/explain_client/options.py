@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,8 @@ def parse_explain(words: Sequence[str]) -> argparse.Namespace:
     options = parse(parser, words)
     if options.stream and (options.report or options.contact_sheet):
         parser.error("--stream takes neither --report nor --contact-sheet")
+    if options.targets and (options.stream or options.skip_existing):
+        parser.error(f"--targets does not go with {'--stream' if options.stream else '--skip-existing'}")
     if fault := contradiction(contract_parameters(options)):
         parser.error(fault)
     return options
@@ -169,8 +172,16 @@ def _explain_parser() -> argparse.ArgumentParser:
         help="one image after the other: its prediction at once, then a line for each level",
     )
     contract = parser.add_argument_group("what is explained, and how")
-    contract.add_argument(
+    classes = contract.add_mutually_exclusive_group()
+    classes.add_argument(
         "--target", type=_class(-1), help="class to explain, by number or label (default: the predicted one)"
+    )
+    classes.add_argument(
+        "--targets",
+        type=_classes,
+        metavar="CLASSES",
+        help="several classes to explain, side by side: top3 for the three likeliest, or numbers or labels, separated "
+        "by commas",
     )
     for name in NAMES:
         words = choices(name)
@@ -222,6 +233,16 @@ def _baselines(text: str) -> str:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"must name each baseline once, not {text!r}")
     return ",".join(names)
+
+
+def _classes(text: str) -> str | list[int | str]:
+    """``topN`` as it is, or a list of classes."""
+    if re.fullmatch(r"top[1-9]\d*", text):
+        return text
+    classes = [_class(0)(name.strip()) for name in text.split(",")]
+    if not all(str(name) for name in classes):
+        raise argparse.ArgumentTypeError(f"must be top3 or the like, or classes separated by commas, not {text!r}")
+    return classes
 
 
 def _class(low: int) -> Callable[[str], int | str]:

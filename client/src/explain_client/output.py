@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
@@ -45,7 +45,7 @@ class Output:
     ) -> None:
         self._options, self._made_with, self._report, self._sheet = options, made_with, report, sheet
         self._failures: list[str] = []
-        self._heatmaps: list[Path] = []
+        self._heatmaps: dict[Path, Source] = {}
         self._kept = 0
         self._table = Table(LEVELS if options.stream else EXPLANATIONS)
         if not options.json:
@@ -64,19 +64,19 @@ class Output:
         file = b""
         try:
             file = source.read()
-            self._show(source, file, record.explanation)
+            self._show(source, file, [record.explanation])
         except (OSError, ValueError) as error:
             self.fail(source, error, file)
 
     def take(self, outcome: Outcome) -> None:
         """Write the outcome of one image."""
-        source, explanation = outcome.source, outcome.explanation
-        if explanation is None:
+        source = outcome.source
+        if not outcome.explanations:
             self.fail(source, outcome.error, outcome.file)
-        elif self._writes(outcome, explanation):
-            self.line(
-                json.dumps(_as_json(source, explanation)) if self._options.json else self._row(source, explanation)
-            )
+        elif self._writes(outcome):
+            for explanation in outcome.explanations:
+                as_json = _as_json(source, explanation, self._heatmap_of(source, explanation))
+                self.line(json.dumps(as_json) if self._options.json else self._row(source, explanation))
 
     def take_response(self, source: Source, first: Classification, response: Classification | Level) -> None:
         """Write a response of the stream that began with ``first``."""
@@ -88,7 +88,11 @@ class Output:
                 explained_label=first.explained_label,
             )
             self._write_heatmap(source, whole)
-        self.line(json.dumps(_as_json(source, response)) if self._options.json else self._level(source, response))
+        self.line(
+            json.dumps(_as_json(source, response, source.heatmap))
+            if self._options.json
+            else self._level(source, response)
+        )
 
     def fail(self, source: Source, error: Exception | None, file: bytes = b"") -> None:
         """Note that an image was not explained; the report shows its file as a thumbnail."""
@@ -106,36 +110,42 @@ class Output:
             print(f"report in {self._options.report}", file=sys.stderr)
         if self._sheet is not None and not self._sheet.is_empty:
             print(f"all in one picture: {self._options.contact_sheet}", file=sys.stderr)
-        written = list(dict.fromkeys(self._heatmaps))
+        written = list(self._heatmaps)
         where = f"heatmap in {written[0]}" if len(written) == 1 else f"heatmaps in {self._options.out}/"
-        counts = [f"{len(written)} of {images} explained"]
+        counts = [f"{len(set(self._heatmaps.values()))} of {images} explained"]
         counts += [f"{self._kept} kept from before"] if self._kept else []
         counts += [f"{len(self._failures)} failed"] if self._failures else []
         print(", ".join(counts) + (f"; {where}" if written else ""), file=sys.stderr)
         return SOME_FAILED if self._failures else ALL_EXPLAINED
 
-    def _writes(self, outcome: Outcome, explanation: Explanation) -> bool:
-        """Write heatmap, report and contact sheet; whether that went well."""
+    def _writes(self, outcome: Outcome) -> bool:
+        """Write heatmaps, report and contact sheet; whether that went well."""
         try:
-            self._write_heatmap(outcome.source, explanation)
-            self._show(outcome.source, outcome.file, explanation, outcome.own_milliseconds)
+            for explanation in outcome.explanations:
+                self._write_heatmap(outcome.source, explanation)
+            self._show(outcome.source, outcome.file, outcome.explanations, outcome.own_milliseconds)
         except (OSError, ValueError) as error:  # for example a full disk, or a folder of the heatmap's name
             self.fail(outcome.source, error, outcome.file)
             return False
         return True
 
     def _show(
-        self, source: Source, file: bytes, explanation: Explanation, own_milliseconds: float | None = None
+        self, source: Source, file: bytes, explanations: Sequence[Explanation], own_milliseconds: float | None = None
     ) -> None:
         """Add an image to report and contact sheet."""
         if self._report is not None:
-            self._report.add(source.name, file, explanation, own_milliseconds)
+            self._report.add(source.name, file, explanations, own_milliseconds)
         if self._sheet is not None:
-            self._sheet.add(source.name, file, explanation)
+            for explanation in explanations:
+                self._sheet.add(source.name, file, explanation)
 
     def _write_heatmap(self, source: Source, explanation: Explanation) -> None:
-        write_whole(source.heatmap, with_record(explanation, self._made_with))
-        self._heatmaps.append(source.heatmap)
+        heatmap = self._heatmap_of(source, explanation)
+        write_whole(heatmap, with_record(explanation, self._made_with))
+        self._heatmaps[heatmap] = source
+
+    def _heatmap_of(self, source: Source, explanation: Explanation) -> Path:
+        return source.heatmap_of(explanation.explained_class) if self._options.targets else source.heatmap
 
     def _row(self, source: Source, explanation: Explanation) -> str:
         best = explanation.predictions[0]
@@ -193,7 +203,7 @@ def paint(text: str, colour: str, file: TextIO) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m" if has_colours else text
 
 
-def _as_json(source: Source, answer: Explanation | Classification | Level) -> dict[str, Any]:
+def _as_json(source: Source, answer: Explanation | Classification | Level, heatmap: Path) -> dict[str, Any]:
     line: dict[str, Any] = {"image": source.name, "milliseconds": round(answer.milliseconds, 1)}
     if isinstance(answer, Explanation | Classification):
         line |= {
@@ -206,7 +216,7 @@ def _as_json(source: Source, answer: Explanation | Classification | Level) -> di
             "n_steps": answer.n_steps,
             "error_estimate": None if math.isnan(answer.error_estimate) else answer.error_estimate,
             "convergence_delta": answer.convergence_delta,
-            "heatmap": str(source.heatmap),
+            "heatmap": str(heatmap),
         }
     if isinstance(answer, Level):
         line["is_last"] = answer.is_last

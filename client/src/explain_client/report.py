@@ -6,6 +6,7 @@ import math
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -69,56 +70,70 @@ class Report:
         Path(page.name).chmod(0o644)
         shutil.move(page.name, self._path)
 
-    def add(self, name: str, file: bytes, explanation: Explanation, milliseconds: float | None = None) -> None:
-        """Add an image by its encoded bytes and its explanation, which must have the saliency.
+    def add(
+        self, name: str, file: bytes, explanations: Sequence[Explanation], milliseconds: float | None = None
+    ) -> None:
+        """Add an image by its encoded bytes and its explanations, side by side.
 
         Args:
             name: its path, or what stands for one. The page shows the last part.
             file: the encoded image.
-            explanation: with ``saliency``; its heatmap is shown, too, if the run asked for regions.
+            explanations: of one class or several, with ``saliency``; their heatmaps are shown, too, if the run asked
+                for regions.
             milliseconds: that the image took, without waiting for others; None: those of the explanation.
         """
-        if explanation.saliency is None:
+        saliencies = [each.saliency for each in explanations if each.saliency is not None]
+        if len(saliencies) < len(explanations):
             raise ValueError("the report draws the saliency, which was not requested; name it in `want`")
-        took = explanation.milliseconds if milliseconds is None else milliseconds
-        error = "" if math.isnan(explanation.error_estimate) else f"{explanation.error_estimate:.4f}"
-        strength = pictures.strength(explanation.saliency)
-        layer = pictures.colour_layer(explanation.saliency, strength, self._run.polarity)
+        took = explanations[0].milliseconds if milliseconds is None else milliseconds
+        error = "" if math.isnan(worst := _worst_error(explanations)) else f"{worst:.4f}"
+        steps = sum(each.n_steps for each in explanations)
+        strength = max(map(pictures.strength, saliencies))
+        layers = [pictures.colour_layer(saliency, strength, self._run.polarity) for saliency in saliencies]
         number = len(self._strengths)
         self._strengths.append((strength, captions.title(name)))
         self._write(
             name,
-            f'data-probability="{explanation.predictions[0].probability:.6f}" data-error="{error}" '
-            f'data-steps="{explanation.n_steps}" data-milliseconds="{took:.1f}" data-strength="{strength:.6g}" '
+            f'data-probability="{explanations[0].predictions[0].probability:.6f}" data-error="{error}" '
+            f'data-steps="{steps}" data-milliseconds="{took:.1f}" data-strength="{strength:.6g}" '
             f'style="--strength:{self._token}-share-{number}-"',
-            self._card(photograph(file), explanation, layer, f"{self._token}-words-{number}-", took),
+            self._card(photograph(file), explanations, layers, f"{self._token}-words-{number}-", took),
         )
 
     def _card(
-        self, picture: Image.Image, explanation: Explanation, layer: Image.Image, strength: str, took: float
+        self,
+        picture: Image.Image,
+        explanations: Sequence[Explanation],
+        layers: Sequence[Image.Image],
+        strength: str,
+        took: float,
     ) -> str:
         """What a card shows below its title."""
-        run, url = self._run, cards.jpeg_url(picture, cards.LONGEST_SIDE)
-        words = captions.caption(
-            explanation.predictions,
-            explanation.explained_label,
-            explanation.error_estimate,
-            share_cut_away(picture.size, self._view),
-            run.contrast_label,
-            run.polarity,
-        )
-        facts = [f"<b>{escape(words.accuracy)}</b>", f"{explanation.n_steps} gradient steps", cards.duration(took)]
+        run, url, first = self._run, cards.jpeg_url(picture, cards.LONGEST_SIDE), explanations[0]
+        cut_away = share_cut_away(picture.size, self._view)
+        error = _worst_error(explanations)
+
+        def words_for(explained: str) -> captions.Caption:
+            return captions.caption(first.predictions, explained, error, cut_away, run.contrast_label, run.polarity)
+
+        labels = [each.explained_label for each in explanations]
+        words = words_for(labels[0] if len(labels) == 1 else "the named class")
+        steps = sum(each.n_steps for each in explanations)
+        facts = [f"<b>{escape(words.accuracy)}</b>", f"{steps} gradient steps", cards.duration(took)]
         parts = (
             cards.answer(words),
             '<div class="pictures">',
             cards.photograph_figure(picture, self._view, url),
-            cards.coloured_figure(picture, self._view, words, layer),
+            *(
+                cards.coloured_figure(picture, self._view, words_for(label), layer)
+                for label, layer in zip(labels, layers)
+            ),
             "</div>",
             cards.colour_bar(words),
             cards.strength_meter(strength),
-            self._regions(explanation),
+            *map(self._regions, explanations),
             cards.warning(words),
-            cards.prediction_bars(explanation.predictions, explanation.explained_class, run.contrast),
+            cards.prediction_bars(first.predictions, [each.explained_class for each in explanations], run.contrast),
             cards.facts(facts),
             '<p class="tools"><button class="toggle" aria-pressed="true">colours</button>',
             '<button class="download">download</button></p>',
@@ -164,3 +179,9 @@ class Report:
 
     def _style(self) -> str:
         return f":root {{ {cards.style(self._run.polarity)} }}\n{cards.stylesheet()}"
+
+
+def _worst_error(explanations: Sequence[Explanation]) -> float:
+    """The largest error estimate; NaN if one is missing."""
+    errors = [each.error_estimate for each in explanations]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)

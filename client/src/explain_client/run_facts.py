@@ -24,20 +24,25 @@ class Run:
 
     Attributes:
         network: that was explained; None if the server does not say.
-        target_label: of the class to explain instead of the predicted one.
+        targets: words for the classes to explain instead of the predicted one.
         contrast, contrast_label: class to subtract.
         parameters: request parameters, as sent.
     """
 
     network: Network | None = None
-    target_label: str | None = None
+    targets: str | None = None
     contrast: int | None = None
     contrast_label: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, network: Network | None, labels: Sequence[str], target: int | None, parameters: Mapping[str, Any]
+        cls,
+        network: Network | None,
+        labels: Sequence[str],
+        target: int | None,
+        parameters: Mapping[str, Any],
+        targets: str | Sequence[int] | None = None,
     ) -> Run:
         """Describe a run by its requests.
 
@@ -46,11 +51,18 @@ class Run:
             labels: of all classes.
             target: class to explain; None or -1: the predicted one.
             parameters: request parameters; ``contrast`` is a number.
+            targets: several classes to explain; ``topN`` for the likeliest.
         """
         contrast = parameters.get("contrast")
+        if isinstance(targets, str):
+            words = f"the {targets.removeprefix('top')} likeliest classes"
+        elif targets is not None:
+            words = ", ".join(labels[each] for each in targets)
+        else:
+            words = "" if target is None or target == PREDICTED_CLASS else labels[target]
         return cls(
             network,
-            None if target is None or target == PREDICTED_CLASS else labels[target],
+            words or None,
             contrast,
             None if contrast is None else labels[contrast],
             parameters,
@@ -77,7 +89,7 @@ class Run:
         network = "the server does not name it"
         if self.network is not None:
             network = " · ".join(filter(None, (self.network.architecture, self.network.weights))) or "unnamed"
-        explained = self.target_label or "the class that the network predicted"
+        explained = self.targets or "the class that the network predicted"
         if self.contrast_label:
             explained = f"{explained} rather than {self.contrast_label}"
         sent = {name: value for name, value in self.parameters.items() if name not in (*_OF_HEATMAP_FILES, "contrast")}
@@ -92,11 +104,17 @@ class Run:
         return {what: words for what, words in facts.items() if words}
 
 
-async def describe_run(client: AsyncExplainClient, target: int | None, **parameters: Any) -> Run:
+async def describe_run(
+    client: AsyncExplainClient,
+    target: int | None = None,
+    targets: str | Sequence[int] | None = None,
+    **parameters: Any,
+) -> Run:
     """Ask the server what a run's report says of it; what the server does not tell stays open. Arguments of ``of``."""
     try:
         network = await client.network()
     except ExplainError:  # a server of another version of the model repository
         network = None
-    labels = () if target is None and "contrast" not in parameters else await client.labels()
-    return Run.of(network, labels, target, parameters)
+    asks_by_number = target is not None or targets is not None or "contrast" in parameters
+    labels = await client.labels() if asks_by_number else ()
+    return Run.of(network, labels, target, parameters, targets)

@@ -23,7 +23,10 @@ HEATMAP_ENDING = ".heatmap.png"
 
 @dataclass(frozen=True)
 class Source:
-    """An image of a run: its name, its file (None: standard input), and the file of its heatmap."""
+    """An image of a run: its name, its file (None: standard input), and the file of its heatmap.
+
+    Where several classes are explained, each has a heatmap of its own beside that.
+    """
 
     name: str
     path: Path | None
@@ -36,6 +39,11 @@ class Source:
             return False
         return self.path.exists() and self.path.stat().st_mtime_ns <= self.heatmap.stat().st_mtime_ns
 
+    def heatmap_of(self, explained_class: int) -> Path:
+        """The file of the heatmap of one of several classes."""
+        stem = self.heatmap.name.removesuffix(HEATMAP_ENDING)
+        return self.heatmap.with_name(f"{stem}.{explained_class}{HEATMAP_ENDING}")
+
     def read(self) -> bytes:
         """The encoded image.
 
@@ -47,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result for an image: its bytes and an explanation, or an error.
+    """The result for an image: its bytes and an explanation for each class that was asked for, or an error.
 
     ``own_milliseconds`` is the image's share of the run's time: it counts a moment in which n images were in flight as
     one n-th. Of one image at a time it is all of its time; of many it leaves out the wait for the others.
@@ -55,7 +63,7 @@ class Outcome:
 
     source: Source
     file: bytes
-    explanation: Explanation | None
+    explanations: Sequence[Explanation]
     error: ExplainError | OSError | None
     own_milliseconds: float
 
@@ -123,6 +131,7 @@ async def explain_all(
     client: AsyncExplainClient,
     sources: Iterable[Source],
     concurrency: int,
+    targets: str | Sequence[int] | None = None,
     **asked: Any,
 ) -> AsyncGenerator[Outcome, None]:
     """Explain images, at most ``concurrency`` at a time; yields each outcome as it comes.
@@ -131,20 +140,31 @@ async def explain_all(
         client: asks the server.
         sources: the images.
         concurrency: requests in flight.
+        targets: several classes to explain; ``topN`` for the likeliest.
         asked: arguments of ``AsyncExplainClient.explain``.
     """
+
+    async def explanations_of(file: bytes) -> Sequence[Explanation]:
+        if targets is None:
+            return [await client.explain(file, **asked)]
+        classes = targets
+        if isinstance(classes, str):
+            count = int(classes.removeprefix("top"))
+            classes = [prediction.index for prediction in await client.classify(file, top_k=count)]
+        return await client.explain(file, targets=classes, **asked)
 
     clock = SharedClock()
 
     async def explain(source: Source) -> Outcome:
-        file, explanation, failure = b"", None, None
+        file, failure = b"", None
+        explanations: Sequence[Explanation] = ()
         entered = clock.enter()
         try:
             file = source.read()
-            explanation = await client.explain(file, **asked)
+            explanations = await explanations_of(file)
         except (ExplainError, OSError) as error:
             failure = error
-        return Outcome(source, file, explanation, failure, 1e3 * clock.leave(entered))
+        return Outcome(source, file, explanations, failure, 1e3 * clock.leave(entered))
 
     waiting: Iterator[Source] = iter(sources)
     under_way: set[asyncio.Task[Outcome]] = set()
