@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # torch, Captum and Triton are not fully typed.
 MODEL_TYPES := --allow-any-generics --no-warn-return-any --allow-subclassing-any --allow-untyped-decorators
 
-.PHONY: demo serve web test test-slow test-containers test-kubernetes bench bench-engine bench-deadlines bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
+.PHONY: demo serve web test test-slow test-containers test-kubernetes bench bench-engine bench-deadlines bench-questions bench-stream bench-server lint quality localisation refusals constraints image-requirements clean
 
 # NETWORK=lite0|imagenet|shapes|PATH chooses the network of demo, serve and web.
 demo: $(INSTALLED)
@@ -51,6 +51,10 @@ bench-engine: $(INSTALLED)
 # Whether answers keep their deadlines, and how errors fall with longer ones.
 bench-deadlines: $(INSTALLED)
 	$(BIN)/python -m tools.bench.deadlines $(ARGS)
+
+# What further questions about one picture cost: other classes, a lower tolerance, the same again.
+bench-questions: $(INSTALLED)
+	$(BIN)/python -m tools.bench.questions $(ARGS)
 
 # Time to a stream's prediction while other clients' gradients load the machine.
 bench-stream: $(INSTALLED)

@@ -134,7 +134,9 @@ def _parameter_cases() -> Iterator[Refusal]:
         {"method": "calibrated", "deadline_ms": 100, "n_steps": None},
     )
     yield from _parameters("'baseline'", {"baseline": "purple"}, {"baseline": 0}, {"baseline": "black,purple"})
-    yield from _parameters("'baseline'", {"baseline": "black,black"}, {"baseline": ",".join(["zero"] * 9)})
+    yield from _parameters(
+        "'baseline'", {"baseline": "black,black"}, {"baseline": "images,black"}, {"baseline": "images"}
+    )
     yield from _parameters("beside several baselines", {"baseline": "black,white", "nt_samples": 2})
     yield from _parameters("'output'", {"output": "loss"})
     yield from _parameters("'contrast'", *({"contrast": value} for value in (-1, len(CLASSES), "cat")))

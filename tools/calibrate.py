@@ -5,6 +5,8 @@ network and with its checksum, the density of nodes and how errors fall with the
 its nodes by the density; ``tolerance`` and ``deadline_ms`` plan steps and estimate errors with both. Without a folder
 the images are crops of photographs from installed packages or, for the network of drawn shapes, its generator's
 calibration split. `make quality` uses none of these images.
+
+``--baseline-images FOLDER`` writes the images of ``baseline=images`` instead: up to eight of the folder's.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from engine_loading import build_engine
 from error_law import ErrorLaw
 from image_decoding import ImageLimits, load_pixels, open_image
 from image_structure import ImageError
+from path_baselines import IMAGES_FILE, MOST_IMAGES
 from path_density import FILE_NAME, PathDensity
 from richardson_rule import COARSE_SHARE
 from torch import Tensor
@@ -170,6 +173,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: see above)")
+    parser.add_argument(
+        "--baseline-images",
+        type=Path,
+        metavar="FOLDER",
+        help=f"write {IMAGES_FILE} and nothing else: the first {MOST_IMAGES} images of a folder, for baseline=images",
+    )
     parser.add_argument("--count", type=int, default=32, help="images to take (default: %(default)s)")
     served = parser.add_mutually_exclusive_group()
     served.add_argument("--network", choices=NETWORKS, help="one of this repository's, not what is served")
@@ -181,6 +190,15 @@ def main() -> None:
     manifest = read_manifest(repository) or {}
     preprocessing = Preprocessing.from_manifest(manifest.get("preprocessing", {}))
     file = repository / "classifier" / "1" / "model.pt"
+    model_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if arguments.baseline_images is not None:
+        baselines = list(load_folder(arguments.baseline_images, MOST_IMAGES, preprocessing))
+        if not baselines:
+            sys.exit(f"calibrate: there is no image in {arguments.baseline_images}")
+        out = arguments.out or file.with_name(IMAGES_FILE)
+        np.savez(out, pixels=torch.stack(baselines).numpy(), model_sha256=model_sha256)
+        print(f"wrote {len(baselines)} images to {out}; a running server uses them after a restart")
+        return
     module = load_classifier(file, arguments.device)
     engine = build_engine(module, arguments.device, preprocessing.input_shape, precision="ieee")
     if arguments.images is not None:
@@ -198,7 +216,7 @@ def main() -> None:
     changes = {name: torch.stack([image[name] for image in by_image]).mean(dim=0) for name in EXPLAINED_OUTPUTS}
     fits = {name: fit_output(engine, images, changes, name) for name in EXPLAINED_OUTPUTS}
     content = {
-        "model_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "model_sha256": model_sha256,
         "weights_sha256": manifest.get("weights_sha256"),
         "images": f"{len(images)} of {source}",
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from classifier_files import Preprocessing
+from path_baselines import IMAGES_FILE
 from path_density import FILE_NAME
 
 from tools.classifiers.architectures import KINDS
@@ -39,7 +40,7 @@ from tools.torchscript.served_classifier import (
 from tools.triton.config_shapes import write_configs, write_settings
 
 # Files that `export` writes into a repository.
-EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, "labels.txt")
+EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, IMAGES_FILE, "labels.txt")
 # For `shutil.copytree`: a repository without a classifier.
 WITHOUT_CLASSIFIER = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)
 # Calibrations of known networks, by `tools/calibrate`.

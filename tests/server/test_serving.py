@@ -71,6 +71,17 @@ def test_explain_without_parameters_equals_captum(triton, images, eager_model, e
     assert (heatmap.format, heatmap.size) == ("PNG", (224, 224))
 
 
+def test_several_baselines_give_the_mean_of_theirs(triton, images, eager_model_float64):
+    pixels = scene_pixels(0).double()
+    names, options = ("white", "blur"), {"target": 3, "n_steps": 4}
+    references = [captum_reference(eager_model_float64, pixels, baseline=name, **options) for name in names]
+    answer = infer(triton, images[:1], [3], baseline="white,blur", n_steps=4)
+    expected = sum(attributions for attributions, _ in references) / 2
+    assert relative_distance(answer["ATTRIBUTIONS"][0], expected) <= 5e-3
+    assert answer["CONVERGENCE_DELTA"][0, 0] == pytest.approx(sum(delta for _, delta in references) / 2, abs=1e-2)
+    assert answer["N_STEPS"][0, 0] == 8
+
+
 def test_regions_are_the_image_in_colour_where_the_evidence_is(triton):
     image = encode(scene_image(0))
     heatmap = infer(triton, [image], n_steps=2, overlay="regions")["HEATMAP"][0, 0]

@@ -51,7 +51,7 @@ def test_prediction_comes_first_then_ever_better_attributions(server, triton, im
         {"tolerance": 0.05, "clip_percentile": 98.5},
         {"method": "calibrated", "n_steps": 10},
         {"n_steps": 8, "nt_samples": 2, "baseline": "blur"},
-        {"n_steps": 4, "contrast": 5},
+        {"n_steps": 4, "contrast": 5, "baseline": "black,white"},
     ],
     ids=str,
 )

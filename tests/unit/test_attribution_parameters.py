@@ -87,11 +87,11 @@ def test_parts_that_make_no_sense_are_refused(sent, message):
 
 def test_cost_of_a_request_is_bounded():
     limits = Limits(max_gradients=1000)
-    parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(2, limits)
+    parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(2, 1, limits)
     with pytest.raises(
         ParameterError, match=r"'n_steps' times 'nt_samples' times images .* 1000, not 50 x 10 x 3 = 1500"
     ):
-        parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(3, limits)
+        parse_parameters({"n_steps": 50, "nt_samples": 10}, limits).check_cost(3, 1, limits)
 
 
 def test_several_baselines_are_separated_by_commas():
@@ -105,7 +105,8 @@ def test_several_baselines_are_separated_by_commas():
         ({"baseline": "black,purple"}, "'baseline' must be one of zero, black.*, not 'black,purple'"),
         ({"baseline": "black,"}, "'baseline' must be one of"),
         ({"baseline": "black,black"}, "'baseline' must name each baseline once, not 'black,black'"),
-        ({"baseline": ",".join(["zero"] * 9)}, "'baseline' must name at most 8 baselines, not 9"),
+        ({"baseline": "images,black"}, "'baseline' must be 'images' alone, not 'images,black'"),
+        ({"baseline": "images", "stdevs": 0.1}, "'stdevs' must be absent beside several baselines"),
         ({"baseline": "black,white", "nt_samples": 2}, "'nt_samples' must be absent beside several baselines"),
     ],
 )
@@ -116,6 +117,6 @@ def test_other_baselines_are_refused_with_the_reason(sent, message):
 
 def test_gradients_of_all_baselines_count_towards_the_limit():
     parameters = parse_parameters({"baseline": "black,white", "n_steps": 100}, Limits(max_gradients=400))
-    parameters.check_cost(2, Limits(max_gradients=400))
+    parameters.check_cost(2, 2, Limits(max_gradients=400))
     with pytest.raises(ParameterError, match="times baselines times images must be at most 399, not 100 x 1 x 2 x 2"):
-        parameters.check_cost(2, Limits(max_gradients=399))
+        parameters.check_cost(2, 2, Limits(max_gradients=399))

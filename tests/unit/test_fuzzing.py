@@ -105,7 +105,7 @@ def check_parameters(sent: dict) -> None:
 
     def parse() -> AttributionParameters:
         parameters = parse_parameters(sent, Limits())
-        parameters.check_cost(1, Limits())
+        parameters.check_cost(1, 1, Limits())
         return parameters
 
     plan_stream(sent)

@@ -48,6 +48,9 @@ def test_the_client_knows_the_parameters_of_the_server():
         {"baseline": "black,white", "stdevs": 0.1},
         {"baseline": "black", "nt_samples": 2},
         {"baseline": "black,white"},
+        {"baseline": "images"},
+        {"baseline": "images,white"},
+        {"baseline": "images", "stdevs": 0.1},
     ],
 )
 def test_contradictions_are_those_that_the_server_refuses(values):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from path_baselines import Baselines, blur
+from path_baselines import BaselineError, Baselines, blur, load_images
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -27,12 +31,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_baseline_is_shaped_like_its_image_and_is_no_view_of_it(name: str) -> None:
     image = pixels()
-    before = image.clone()
     baseline = BASELINES.make(name, image)
     assert (baseline.shape, baseline.dtype) == (image.shape, torch.float32)
-    assert baseline.is_contiguous()
-    baseline.fill_(3.0)
-    assert torch.equal(image, before)
+    storage = baseline.untyped_storage()
+    assert storage.data_ptr() != image.untyped_storage().data_ptr()
+    if name in Baselines.CONSTANT:
+        assert storage.nbytes() <= 3 * 4  # one colour, for each image that waits
 
 
 @pytest.mark.parametrize("colour", ["black", "white"])
@@ -136,3 +140,54 @@ def test_noise_leaves_the_global_generator_alone() -> None:
 def test_the_blur_of_one_colour_is_that_colour_without_rounding(level: int) -> None:
     image = normalize(to_tensor(Image.new("RGB", (64, 64), (level, level, level))), MEAN, STD)
     assert torch.equal(blur(image), image)
+
+
+def test_names_stand_for_baselines_with_keys_where_they_are_the_same_for_every_image() -> None:
+    image, images = pixels(), [pixels(seed=1), pixels(seed=2)]
+    baselines = Baselines(MEAN, STD, images)
+    starts = list(baselines.starts(["black", "blur"], image, 0))
+    assert [key for _, key in starts] == ["black", None]
+    assert torch.equal(starts[1][0], blur(image))
+    own = list(baselines.starts(["images"], image, 0))
+    assert [torch.equal(start, each) for (start, _), each in zip(own, images)] == [True, True]
+    assert len({key for _, key in own} - {None}) == 2
+    assert [baselines.count(names) for names in (["black", "blur"], ["images"])] == [2, 2]
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    file = folder / "baseline_images.npz"
+    content: dict[str, Any] = {"pixels": random(2, 3, 8, 8).numpy(), "model_sha256": "mine", **changes}
+    np.savez(file, **content)
+    return file
+
+
+def test_images_of_a_network_are_read_from_their_file(tmp_path: Path) -> None:
+    assert torch.equal(load_images(saved(tmp_path), "mine", (3, 8, 8)), random(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model_sha256": "another"}, "belongs to another network (sha256 another...)"),
+        ({"pixels": random(9, 3, 8, 8).numpy()}, "has no 1 to 8 images of (3, 8, 8)"),
+        ({"pixels": random(0, 3, 8, 8).numpy()}, "has no 1 to 8 images"),
+        ({"pixels": random(2, 1, 8, 8).numpy()}, "has no 1 to 8 images"),
+        ({"pixels": random(2, 3, 8, 8).double().numpy()}, "has no 1 to 8 images"),
+        ({"pixels": np.full((1, 3, 8, 8), np.nan, np.float32)}, "has no 1 to 8 images"),
+        ({"pixels": np.array([None])}, "cannot be read"),
+    ],
+    ids=["another network", "many", "none", "another shape", "another type", "not finite", "objects"],
+)
+def test_files_that_are_no_images_of_this_network_are_refused(tmp_path: Path, content, said: str) -> None:
+    with pytest.raises(BaselineError, match=re.escape(said)):
+        load_images(saved(tmp_path, **content), "mine", (3, 8, 8))
+
+
+def test_a_missing_or_broken_file_of_images_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "baseline_images.npz"
+    with pytest.raises(BaselineError, match=r"this network has no baseline_images.npz; python -m tools.calibrate"):
+        load_images(file, "mine", (3, 8, 8))
+    for content in (b"", b"PK\x03\x04 cut off", b"nothing of the kind"):
+        file.write_bytes(content)
+        with pytest.raises(BaselineError, match="cannot be read"):
+            load_images(file, "mine", (3, 8, 8))

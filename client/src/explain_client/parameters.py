@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args, get_origin, get
 Method: TypeAlias = Literal[
     "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
 ]
-Baseline: TypeAlias = Literal["zero", "black", "gray", "white", "blur", "noise"]
+Baseline: TypeAlias = Literal["zero", "black", "gray", "white", "blur", "noise", "images"]
 Output: TypeAlias = Literal["logit", "probability"]
 Overlay: TypeAlias = Literal["blend", "heatmap", "masked", "regions"]
 Polarity: TypeAlias = Literal["positive", "negative", "absolute", "all"]
@@ -97,7 +97,10 @@ def contradiction(parameters: Mapping[str, Any]) -> str:
     if adaptive and method is not None:
         return f"method must be absent beside {adaptive[0]}, which places its own points"
     noise = next((name for name in ("nt_samples", "stdevs") if parameters.get(name) is not None), "")
-    if noise and "," in str(_as_sent(parameters.get("baseline", ""))):
+    baseline = str(_as_sent(parameters.get("baseline", "")))
+    if "," in baseline and "images" in baseline:
+        return "baseline must be images alone"
+    if noise and ("," in baseline or baseline == "images"):
         return f"{noise} must be absent beside several baselines"
     least = 3 if adaptive else 2 if (method or "").startswith("riemann") else 1
     if parameters.get("n_steps") is not None and parameters["n_steps"] < least:

@@ -11,9 +11,7 @@ from request_parameters import Integer, Number, ParameterError, RequestParameter
 
 # `explain_stream` uses them to request an attribution in interleaved parts; messages to clients leave them out.
 INTERNAL = frozenset({"part", "parts"})
-BASELINES = ("zero", "black", "gray", "white", "blur", "noise")
-# Most baselines of one request.
-MOST_BASELINES = 8
+BASELINES = ("zero", "black", "gray", "white", "blur", "noise", "images")
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,13 @@ class AttributionParameters(RequestParameters):
 
     def _check_baselines(self) -> None:
         names = self.baselines
-        if len(names) > MOST_BASELINES:
-            raise ParameterError(f"parameter 'baseline' must name at most {MOST_BASELINES} baselines, not {len(names)}")
         if not set(names) <= set(BASELINES):
             raise refusal(type(self), "baseline", self.baseline, {})
         if len(set(names)) < len(names):
             raise ParameterError(f"parameter 'baseline' must name each baseline once, not {self.baseline!r:.100}")
-        if len(names) > 1 and self.smooths:
+        if len(names) > 1 and "images" in names:
+            raise ParameterError(f"parameter 'baseline' must be 'images' alone, not {self.baseline!r:.100}")
+        if (len(names) > 1 or "images" in names) and self.smooths:
             noise = " and ".join(repr(name) for name in ("nt_samples", "stdevs") if name in self.model_fields_set)
             raise ParameterError(f"parameter {noise} must be absent beside several baselines")
 
@@ -120,13 +118,17 @@ class AttributionParameters(RequestParameters):
         if self.nt_samples > limits.max_nt_samples:
             raise _refusal("nt_samples", self.nt_samples, limits)
 
-    def check_cost(self, images: int, limits: Limits) -> None:
-        """Check the gradients of a request of ``images`` images against the server's limit.
+    def check_cost(self, images: int, baselines: int, limits: Limits) -> None:
+        """Check the gradients of a request against the server's limit.
+
+        Args:
+            images: of the request.
+            baselines: that ``baseline`` stands for.
+            limits: the server's.
 
         Raises:
             ParameterError: they are too many.
         """
-        baselines = len(self.baselines)
         gradients = self.n_steps * self.nt_samples * baselines * images
         if gradients > limits.max_gradients:
             several = baselines > 1

@@ -61,7 +61,8 @@ class RequestReader:
         classes: of the network.
         limits: of the server.
         foreign_parameters: names that belong to other steps of the ensemble.
-        baselines: of the network's normalisation.
+        baselines: of the network.
+        why_no_images: why there are no images among the baselines; None if there are.
         why_uncalibrated: tells why the method ``calibrated`` is refused; None if it is allowed.
     """
 
@@ -71,6 +72,7 @@ class RequestReader:
     limits: Limits
     foreign_parameters: Set[str]
     baselines: Baselines
+    why_no_images: str | None
     why_uncalibrated: Callable[[], str] | None
 
     def read(self, request: Any) -> Work:
@@ -82,13 +84,15 @@ class RequestReader:
         parameters = parse_parameters(json.loads(request.parameters()), self.limits, self.foreign_parameters)
         if parameters.method == "calibrated" and self.why_uncalibrated is not None:
             raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.why_uncalibrated()}")
+        if "images" in parameters.baselines and self.why_no_images is not None:
+            raise ParameterError(f"parameter 'baseline' must not be 'images': {self.why_no_images}")
         pixels, logits = (
             # A copy: Triton takes its shared memory back when `execute` returns.
             torch.tensor(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
             for name in ("PIXELS", "LOGITS")
         )
         self._check_tensors(pixels, logits)
-        parameters.check_cost(len(pixels), self.limits)
+        parameters.check_cost(len(pixels), self.baselines.count(parameters.baselines), self.limits)
         target = pb_utils.get_input_tensor_by_name(request, "TARGET")
         wanted = [-1] * len(pixels) if target is None else target.as_numpy()[:, 0].tolist()
         for index in wanted:
@@ -125,10 +129,7 @@ class RequestReader:
         seed = asked.seed if "noise" in asked.baselines else None
         jobs = []
         for image, logits, target, digest in zip(work.pixels, work.logits, work.targets, work.digests):
-            (baseline, key), *further = (
-                (self.baselines.make(name, image, asked.seed), name if name in Baselines.CONSTANT else None)
-                for name in asked.baselines
-            )
+            (baseline, key), *further = self.baselines.starts(asked.baselines, image, asked.seed)
             job = Job(
                 image=image,
                 baseline=baseline,

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from kept_answers import AnswerStore
 from load_errors import refusing_to_load
 from metric_families import metric_family
 from model_setup import ModelSetup
-from path_baselines import Baselines
+from path_baselines import IMAGES_FILE, BaselineError, Baselines, load_images
 from path_density import FILE_NAME, CalibrationError, PathDensity
 from request_admission import Admission, OverloadedError
 from request_parameters import ParameterError
@@ -72,13 +73,20 @@ class TritonPythonModel:
         classes = check_classifier(module, files.model, shape, self.device)
         self.engine = build_engine(module, self.device, shape, max_rows, precision, density)
         check_gradients(self.engine.network, files.model, shape, self.device)
+        images: Sequence[torch.Tensor] = ()
+        why_no_images = None
+        try:
+            images = load_images(files.folder / IMAGES_FILE, files.sha256, shape).to(self.device).unbind()
+        except BaselineError as error:
+            why_no_images = str(error)
         self.reader = RequestReader(
             self.device,
             files.sha256,
             classes,
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
-            Baselines(setup.preprocessing.mean, setup.preprocessing.std),
+            Baselines(setup.preprocessing.mean, setup.preprocessing.std, images),
+            why_no_images,
             None if density else partial(_why_uncalibrated, files),
         )
         self.hold_seconds = float(settings["hold_seconds"])
