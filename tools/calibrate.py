@@ -172,8 +172,9 @@ def load_folder(folder: Path, count: int, preprocessing: Preprocessing) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: see above)")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--images", type=Path, help="a folder of JPEG, PNG and WebP files (default: see above)")
+    which.add_argument(
         "--baseline-images",
         type=Path,
         metavar="FOLDER",
@@ -183,7 +184,7 @@ def main() -> None:
     served = parser.add_mutually_exclusive_group()
     served.add_argument("--network", choices=NETWORKS, help="one of this repository's, not what is served")
     served.add_argument("--repository", type=Path, default=MODEL_REPOSITORY)
-    parser.add_argument("--out", type=Path, help=f"default: {FILE_NAME} beside the network")
+    parser.add_argument("--out", type=Path, help="default: beside the network, by the name that is read there")
     arguments = parser.parse_args()
     repository = repository_with(arguments.network) if arguments.network else arguments.repository
     ensure_exported(repository, arguments.network or os.environ.get("NETWORK"))
@@ -196,7 +197,8 @@ def main() -> None:
         if not baselines:
             sys.exit(f"calibrate: there is no image in {arguments.baseline_images}")
         out = arguments.out or file.with_name(IMAGES_FILE)
-        np.savez(out, pixels=torch.stack(baselines).numpy(), model_sha256=model_sha256)
+        with out.open("wb") as written:  # by the name that was given: NumPy would add a suffix
+            np.savez(written, pixels=torch.stack(baselines).numpy(), model_sha256=model_sha256)
         print(f"wrote {len(baselines)} images to {out}; a running server uses them after a restart")
         return
     module = load_classifier(file, arguments.device)

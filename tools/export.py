@@ -39,7 +39,7 @@ from tools.torchscript.served_classifier import (
 )
 from tools.triton.config_shapes import write_configs, write_settings
 
-# Files that `export` writes into a repository.
+# Files of a network in a repository, by `export` and `tools/calibrate`.
 EXPORTED_FILES = ("model.pt", "manifest.json", FILE_NAME, IMAGES_FILE, "labels.txt")
 # For `shutil.copytree`: a repository without a classifier.
 WITHOUT_CLASSIFIER = shutil.ignore_patterns("__pycache__", *EXPORTED_FILES)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import captum.attr
-import numpy as np
 import pytest
 import torch
 import tritonclient.grpc
@@ -58,5 +57,5 @@ def test_images_of_the_operator_are_baselines_and_their_gradients_count(tmp_path
         with pytest.raises(InferenceServerException, match=f"not {STEPS + 1} x 1 x {COUNT} x 1 = "):
             infer(triton, image, [TARGET], baseline="images", n_steps=STEPS + 1)
         rough = infer(triton, image, [TARGET], baseline="images", n_steps=STEPS, tolerance="0.3")
-        assert np.isfinite(rough["ERROR_ESTIMATE"][0, 0])
-        assert rough["N_STEPS"][0, 0] <= COUNT * STEPS
+        assert 0 < rough["ERROR_ESTIMATE"][0, 0] <= 0.3
+        assert relative_distance(rough["ATTRIBUTIONS"], whole["ATTRIBUTIONS"]) <= 0.3

@@ -117,10 +117,19 @@ def test_several_classes_have_a_line_and_a_heatmap_each(server, folder, tmp_path
     assert [line["explained_class"] for line in lines] == expected
     heatmaps = [Path(line["heatmap"]) for line in lines]
     assert [path.name for path in heatmaps] == [f"one.{each}.heatmap.png" for each in expected]
-    assert heatmaps[0].read_bytes() != heatmaps[1].read_bytes()
+    assert Image.open(heatmaps[0]).tobytes() != Image.open(heatmaps[1]).tobytes()
     page = (tmp_path / "report.html").read_text()
     assert all(f"<figcaption>Why {CLASSES[each]}?" in page for each in expected)
     assert ("the 2 likeliest classes" if classes is None else f"{CLASSES[3]}, {CLASSES[0]}") in page
+
+
+def test_the_likeliest_classes_leave_out_the_one_that_is_subtracted(server, folder, tmp_path):
+    words = [folder / "one.png", "--url", server.grpc_url, "--out", tmp_path, *FEW_STEPS, "--json", "--top-k", 3]
+    best, second, third = (each["index"] for each in json.loads(explain(*words).stdout)["predictions"])
+    result = explain(*words, "--targets", "top2", "--contrast", second, "--contact-sheet", tmp_path / "sheet.png")
+    assert result.returncode == 0
+    assert [json.loads(line)["explained_class"] for line in result.stdout.splitlines()] == [best, third]
+    assert (tmp_path / "sheet.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +137,8 @@ def test_several_classes_have_a_line_and_a_heatmap_each(server, folder, tmp_path
     [
         (["--targets", "top0"], "--targets 'top0' is not one of the server's 12 labels"),
         (["--targets", "1,,2"], "must be top3 or the like, or classes separated by commas, not '1,,2'"),
+        (["--targets", "top33"], "must be at most 32 classes, not 'top33'"),
+        (["--targets", "3,4", "--contrast", "4"], "--contrast must not be one of --targets, 4"),
         (["--targets", "99"], "--targets 99 is not one of the server's classes, 0 to 11"),
         (["--targets", "top2", "--target", "1"], "argument --target: not allowed with argument --targets"),
         (["--targets", "top2", "--stream"], "--targets does not go with --stream"),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import captum.attr
 import pytest
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Explanation, Job
+from baseline_mean import BaselineMean, fair_share
 from conftest import MEAN, STD, relative_distance, scene_pixels
+from error_law import ErrorLaw
+from integration_path import StageError
 from path_baselines import Baselines
+from path_density import PathDensity
 
 from tools.torchscript.served_classifier import build_served
 
@@ -112,12 +117,15 @@ def test_the_tolerance_holds_for_the_mean(engine, names, points):
     tolerance = 0.1
     job = mean_job(names, tolerance=tolerance, n_steps=1000)
     mean, *singles = explain(engine, job, *single_jobs(job))
-    (integral,) = explain(engine, mean_job(names, method="riemann_middle", n_steps=400))
+    (integral,) = explain(engine, mean_job(names, method="riemann_middle", n_steps=4000))
     error = relative_distance(mean.attributions, integral.attributions)
     assert error <= tolerance
     assert error / 2 <= mean.error_estimate <= tolerance
     assert mean.n_steps < 1.5 * sum(single.n_steps for single in singles)
-    delta = mean.attributions.sum() - mean_change(engine, job)
+    change = mean_change(engine, job)
+    gap = mean.convergence_delta.abs() / max(change.abs(), 0.1 * mean.attributions.abs().sum())
+    assert gap <= tolerance
+    delta = mean.attributions.sum() - change
     assert mean.convergence_delta.item() == pytest.approx(delta.item(), abs=1e-9)
 
 
@@ -129,12 +137,67 @@ def mean_change(engine: AttributionEngine, job: Job) -> torch.Tensor:
 
 def test_a_path_that_weighs_little_takes_few_steps(engine):
     """A baseline near the image has small attributions, whose errors hardly count in the mean."""
+    engine.network.has_mean_slopes = False
     pixels = image()
     far, near = torch.zeros_like(pixels), pixels * 0.98
     job = Job(pixels, far, TARGET, 1000, tolerance=0.02, further_baselines=[(near, None)])
     mean, *singles = explain(engine, job, *single_jobs(job))
     assert mean.error_estimate <= 0.02
-    assert mean.n_steps < singles[0].n_steps + singles[1].n_steps
+    assert mean.n_steps <= singles[0].n_steps + singles[1].n_steps  # 15 more, if the two had to be equally exact
+
+
+class MadeUpPath:
+    """A path after a stage, with the given sizes of its attributions, its error and its completeness gap."""
+
+    def __init__(self, error: float, surplus: float, size: float = 1.0) -> None:
+        self.attributions, self.rule, self.aimed = torch.tensor([size]), self, math.nan
+        self.stage = StageError(
+            self.attributions, torch.tensor([error]), error / size, 1.0, surplus, size, surplus / size
+        )
+        self.is_trusted = True
+
+    def aim(self, tolerance: float) -> None:
+        self.aimed = tolerance
+
+    def refine(self, affordable: float) -> bool:
+        assert self.stage is not None
+        return max(self.stage.difference, self.stage.gap) > self.aimed
+
+
+@pytest.mark.parametrize(
+    ("paths", "going_on"),
+    [
+        ([(0.01, 0.01), (0.01, 0.01)], []),
+        ([(0.01, 0.12), (0.01, 0.13)], [0, 1]),  # their gaps add up to more than the mean may have
+        ([(0.01, 0.01), (0.01, 0.3)], [1]),
+        ([(0.01, 0.3), (0.15, 0.0)], [0]),
+        ([(0.05, 0.0), (0.3, 0.0)], [1]),
+    ],
+)
+def test_paths_go_on_whose_error_or_gap_is_over_its_share(paths, going_on):
+    mean = BaselineMean(0.1, len(paths))
+    waiting: list[Any] = [MadeUpPath(error, surplus) for error, surplus in paths]
+    for path in waiting:
+        mean.add(path)
+    refined: list[Any] = mean.refine(lambda path: math.inf)
+    assert [waiting.index(path) for path in refined] == going_on
+    assert len(mean.waiting) == len(paths) - len(going_on)
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "share"),
+    [
+        ([3, 1], 4, 3),
+        ([3, 1], 3, 2),
+        ([1, 1, 10], 5, 3),
+        ([4, 4, 4], 6, 2),
+        ([5], 2, 2),
+        ([1, 2], 9, 8),
+        ([1, math.inf], 4, 3),
+    ],
+)
+def test_what_smaller_values_leave_is_divided_equally(values, total, share):
+    assert fair_share(values, total) == pytest.approx(share)
 
 
 def test_each_baseline_takes_no_more_than_n_steps(engine):
@@ -151,6 +214,41 @@ def test_after_the_deadline_every_baseline_still_counts(engine, points):
     (integral,) = explain(engine, mean_job(method="riemann_middle", n_steps=100))
     assert 3 <= mean.n_steps <= 3 * 5
     assert relative_distance(mean.attributions, integral.attributions) < 1
+    assert 0 < mean.error_estimate < math.inf
+
+
+class Clock:
+    """Time in which each row takes a millisecond, until so many have been passed; then it is far ahead."""
+
+    def __init__(self, monkeypatch, engine: AttributionEngine, rows: int) -> None:
+        explain(engine, mean_job(tolerance=0.3, n_steps=20))  # measures the passes
+        self.engine, self.rows, self.started = engine, engine.rows_passed + rows, time.monotonic()
+        monkeypatch.setattr("time.monotonic", self)
+
+    def __call__(self) -> float:
+        left = self.rows - self.engine.rows_passed
+        return self.started + (1e9 if left <= 0 else -1e-3 * left)
+
+
+def test_a_deadline_in_the_middle_of_a_stage_leaves_the_estimate_of_the_one_before(engine, monkeypatch):
+    (integral,) = explain(engine, mean_job(method="riemann_middle", n_steps=400))
+    clock = Clock(monkeypatch, engine, 3 * 9 + 60)  # every first stage, and some of the second
+    (mean,) = explain(engine, mean_job(deadline=clock.started + 1e6, tolerance=0.001, n_steps=200))
+    error = relative_distance(mean.attributions, integral.attributions)
+    assert mean.n_steps > 3 * 9
+    assert error / 2 <= mean.error_estimate <= 20 * error
+
+
+def test_baselines_that_have_not_begun_at_the_deadline_take_the_fewest(network, monkeypatch):
+    even = {name: torch.ones(1).double() for name in ("logit", "probability")}
+    density = PathDensity(even, dict.fromkeys(even, ErrorLaw(0.1, 1.0, 1.0)))
+    engine = AttributionEngine(network, max_rows=4, density=density)
+    clock = Clock(monkeypatch, engine, 4)
+    names = ("zero", "black", "gray", "white")
+    options: dict[str, Any] = {"tolerance": 0.001, "n_steps": 1000, "ends_key": "image"}
+    (mean,) = explain(engine, mean_job(names, deadline=clock.started + 1e6, **options))
+    # A quarter of 50 planned steps, and what a pass took of the others; 3 and no more of those that had not begun.
+    assert mean.n_steps <= 16 + 3 * 3
     assert 0 < mean.error_estimate < math.inf
 
 

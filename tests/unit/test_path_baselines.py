@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,10 @@ def test_images_of_a_network_are_read_from_their_file(tmp_path: Path) -> None:
         ({"pixels": random(2, 1, 8, 8).numpy()}, "has no 1 to 8 images"),
         ({"pixels": random(2, 3, 8, 8).double().numpy()}, "has no 1 to 8 images"),
         ({"pixels": np.full((1, 3, 8, 8), np.nan, np.float32)}, "has no 1 to 8 images"),
+        ({"pixels": np.float32(1)}, "has no 1 to 8 images"),
         ({"pixels": np.array([None])}, "cannot be read"),
     ],
-    ids=["another network", "many", "none", "another shape", "another type", "not finite", "objects"],
+    ids=["another network", "many", "none", "another shape", "another type", "not finite", "a number", "objects"],
 )
 def test_files_that_are_no_images_of_this_network_are_refused(tmp_path: Path, content, said: str) -> None:
     with pytest.raises(BaselineError, match=re.escape(said)):
@@ -187,7 +189,9 @@ def test_a_missing_or_broken_file_of_images_is_named(tmp_path: Path) -> None:
     file = tmp_path / "baseline_images.npz"
     with pytest.raises(BaselineError, match=r"this network has no baseline_images.npz; python -m tools.calibrate"):
         load_images(file, "mine", (3, 8, 8))
-    for content in (b"", b"PK\x03\x04 cut off", b"nothing of the kind"):
+    array = io.BytesIO()
+    np.save(array, np.zeros((1, 3, 8, 8), np.float32))
+    for content in (b"", b"PK\x03\x04 cut off", b"nothing of the kind", array.getvalue()):
         file.write_bytes(content)
         with pytest.raises(BaselineError, match="cannot be read"):
             load_images(file, "mine", (3, 8, 8))

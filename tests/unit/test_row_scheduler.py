@@ -249,3 +249,52 @@ def test_the_scheduler_starts_with_a_path_those_that_can_share_its_rows():
     (piece,) = scheduler.next_chunk(equal=True)
     assert piece.rows == slice(0, 8)
     assert [task for task, _ in piece.members] == [tasks[0], tasks[2]]
+
+
+def test_paths_that_wait_for_others_of_their_task_count_as_begun():
+    """Their tensors stay. A path is started all the same where no other would have a row."""
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(2)
+    tasks = [Task(4, 0, 2) for _ in range(6)]
+    parked = [MadeUpPath(2) for _ in range(4)]
+    for task, path in zip(tasks, parked):
+        scheduler.add(task)
+        scheduler.start(task, path)
+        scheduler.park(path)
+    assert scheduler.next_to_start() is tasks[0]
+    scheduler.start(tasks[0], MadeUpPath(1))
+    for task in tasks[4:]:
+        scheduler.add(task)
+    assert scheduler.next_to_start() is None
+    scheduler.end(tasks[1], parked[1])
+    scheduler.end(tasks[2], parked[2])
+    assert scheduler.next_to_start() is not None
+
+
+def test_a_task_of_many_paths_starts_them_with_those_of_its_partners_and_not_ahead_of_them():
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(4, shares=True)
+    tasks = [Task(24, 0, 3, sharing_key="image") for _ in range(2)]
+    for task in tasks:
+        scheduler.add(task)
+    started = []
+    for number in range(3):
+        paths = []
+        while (task := scheduler.next_to_start()) is not None:
+            started.append((tasks.index(task), number))
+            path = MadeUpPath(4, points=number)
+            paths.append((task, path))
+            scheduler.start(task, path)
+        (piece,) = scheduler.next_chunk(True)
+        assert len(piece.members) == 2
+        for task, path in paths:
+            scheduler.end(task, path)
+    assert started == [(task, number) for number in range(3) for task in range(2)]
+
+
+def test_a_partner_that_comes_after_the_first_rows_waits_its_turn():
+    scheduler: RowScheduler[Task, MadeUpPath] = RowScheduler(4, shares=True)
+    first, later = (Task(8, 0, sharing_key="image") for _ in range(2))
+    scheduler.add(first)
+    scheduler.start(first, MadeUpPath(8, points="first"))
+    scheduler.next_chunk(True)
+    scheduler.add(later)
+    assert scheduler.next_to_start() is None

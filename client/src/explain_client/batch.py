@@ -24,7 +24,7 @@ from explain_client.records import Record, read_record
 from explain_client.report import Report
 from explain_client.results import Classification
 from explain_client.run_facts import Run, describe_run
-from explain_client.runs import Source, explain_all, find_sources
+from explain_client.runs import Source, explain_all, find_sources, top_of
 
 
 async def explain_images(options: argparse.Namespace) -> int:
@@ -66,7 +66,8 @@ async def _batch(
     options: argparse.Namespace,
     output: Output,
 ) -> None:
-    outcomes = explain_all(client, sources, options.concurrency, top_k=options.top_k, want=_wanted(options), **asked)
+    top_k = max(options.top_k, top_of(options.targets))  # the report shows a bar for each explained class
+    outcomes = explain_all(client, sources, options.concurrency, top_k=top_k, want=_wanted(options), **asked)
     bar = tqdm(total=len(sources), unit="image", disable=not _shows_progress(options, len(sources)))
     with bar:
         async with contextlib.aclosing(outcomes):
@@ -128,6 +129,8 @@ async def _with_classes(client: AsyncExplainClient, options: argparse.Namespace)
             targets = list(dict.fromkeys(class_of(each, labels, "--targets") for each in targets))
         if "contrast" in parameters:
             parameters["contrast"] = class_of(parameters["contrast"], await client.labels(), "--contrast")
+            if isinstance(targets, list) and parameters["contrast"] in targets:
+                raise UsageError(f"--contrast must not be one of --targets, {parameters['contrast']}")
     return {**({"target": target} if targets is None else {"targets": targets}), **parameters}
 
 

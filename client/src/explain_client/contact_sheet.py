@@ -82,7 +82,8 @@ class ContactSheet:
         )
         picture.thumbnail(PICTURE)
         strength = pictures.strength(explanation.saliency)
-        self._entries.append(_Entry(captions.title(name), picture, explanation.saliency, words, strength))
+        title = f"{captions.title(name)}: {words.question}" if self._run.explained else captions.title(name)
+        self._entries.append(_Entry(title, picture, explanation.saliency, words, strength))
 
     def draw(self) -> Image.Image:
         """The sheet, RGB."""

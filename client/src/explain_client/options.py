@@ -22,8 +22,10 @@ from explain_client.parameters import (
     did_you_mean,
     is_integer,
 )
-from explain_client.runs import STDIN
+from explain_client.runs import STDIN, top_of
 
+# The server's largest batch: a request has an image for each class.
+MOST_CLASSES = 32
 VERSION = f"explain-client {__version__}"
 EPILOG = f"""exit status: 0 all images explained; 1 some failed (they are listed at the end); 2 wrong usage;
 3 the server cannot be reached; 130 interrupted.
@@ -237,12 +239,13 @@ def _baselines(text: str) -> str:
 
 def _classes(text: str) -> str | list[int | str]:
     """``topN`` as it is, or a list of classes."""
-    if re.fullmatch(r"top[1-9]\d*", text):
-        return text
+    is_top = re.fullmatch(r"top[1-9]\d*", text)
     classes = [_class(0)(name.strip()) for name in text.split(",")]
     if not all(str(name) for name in classes):
         raise argparse.ArgumentTypeError(f"must be top3 or the like, or classes separated by commas, not {text!r}")
-    return classes
+    if (top_of(text) if is_top else len(classes)) > MOST_CLASSES:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_CLASSES} classes, not {text!r:.100}")
+    return text if is_top else classes
 
 
 def _class(low: int) -> Callable[[str], int | str]:

@@ -13,6 +13,7 @@ from explain_client.errors import ExplainError
 from explain_client.parameters import Polarity
 from explain_client.protocol import PREDICTED_CLASS
 from explain_client.results import Network
+from explain_client.runs import top_of
 
 # What the drawing of a page does not take from the parameters of the server's own heatmap files.
 _OF_HEATMAP_FILES = ("overlay", "polarity", "clip_percentile", "colormap")
@@ -24,13 +25,13 @@ class Run:
 
     Attributes:
         network: that was explained; None if the server does not say.
-        targets: words for the classes to explain instead of the predicted one.
+        explained: words for the classes to explain instead of the predicted one.
         contrast, contrast_label: class to subtract.
         parameters: request parameters, as sent.
     """
 
     network: Network | None = None
-    targets: str | None = None
+    explained: str | None = None
     contrast: int | None = None
     contrast_label: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Run:
         """
         contrast = parameters.get("contrast")
         if isinstance(targets, str):
-            words = f"the {targets.removeprefix('top')} likeliest classes"
+            words = f"the {top_of(targets)} likeliest classes" if top_of(targets) > 1 else "the likeliest class"
         elif targets is not None:
             words = ", ".join(labels[each] for each in targets)
         else:
@@ -89,7 +90,7 @@ class Run:
         network = "the server does not name it"
         if self.network is not None:
             network = " · ".join(filter(None, (self.network.architecture, self.network.weights))) or "unnamed"
-        explained = self.targets or "the class that the network predicted"
+        explained = self.explained or "the class that the network predicted"
         if self.contrast_label:
             explained = f"{explained} rather than {self.contrast_label}"
         sent = {name: value for name, value in self.parameters.items() if name not in (*_OF_HEATMAP_FILES, "contrast")}

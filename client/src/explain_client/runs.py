@@ -21,6 +21,11 @@ STDIN = "-"
 HEATMAP_ENDING = ".heatmap.png"
 
 
+def top_of(targets: str | Sequence[int | str] | None) -> int:
+    """The number of ``topN``; 0 for classes that are listed, and for none."""
+    return int(targets.removeprefix("top")) if isinstance(targets, str) else 0
+
+
 @dataclass(frozen=True)
 class Source:
     """An image of a run: its name, its file (None: standard input), and the file of its heatmap.
@@ -140,7 +145,7 @@ async def explain_all(
         client: asks the server.
         sources: the images.
         concurrency: requests in flight.
-        targets: several classes to explain; ``topN`` for the likeliest.
+        targets: several classes to explain; ``topN`` for the likeliest but the one that is subtracted.
         asked: arguments of ``AsyncExplainClient.explain``.
     """
 
@@ -149,8 +154,9 @@ async def explain_all(
             return [await client.explain(file, **asked)]
         classes = targets
         if isinstance(classes, str):
-            count = int(classes.removeprefix("top"))
-            classes = [prediction.index for prediction in await client.classify(file, top_k=count)]
+            count = top_of(classes)
+            likeliest = [each.index for each in await client.classify(file, top_k=count + 1)]
+            classes = [index for index in likeliest if index != asked.get("contrast")][:count]
         return await client.explain(file, targets=classes, **asked)
 
     clock = SharedClock()

@@ -94,7 +94,6 @@ class Job:
             further_baselines=(),
             # The errors of paths partly cancel in the mean. The engine refines those further that the mean needs.
             tolerance=self.tolerance and min(LARGEST_TOLERANCE, self.tolerance * math.sqrt(self.paths)),
-            keeps_state=False,
         )
 
     @property

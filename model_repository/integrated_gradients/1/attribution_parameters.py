@@ -39,7 +39,8 @@ class AttributionParameters(RequestParameters):
         "gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "calibrated"
     ] = Field("gausslegendre", description="one of {choices}")
     baseline: str = Field(
-        "zero", description=f"one of {', '.join(BASELINES)}, or several of them, separated by commas, for their mean"
+        "zero",
+        description=f"one of {', '.join(BASELINES)}, or several but images, separated by commas, for their mean",
     )
     output: Literal["logit", "probability"] = Field("logit", description="one of {choices}")
     contrast: Integer | None = Field(None, ge=0, description="an integer from 0 to the number of classes - 1")

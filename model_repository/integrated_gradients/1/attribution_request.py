@@ -62,7 +62,7 @@ class RequestReader:
         limits: of the server.
         foreign_parameters: names that belong to other steps of the ensemble.
         baselines: of the network.
-        why_no_images: why there are no images among the baselines; None if there are.
+        why_no_images: tells why there are no images among the baselines; None if there are.
         why_uncalibrated: tells why the method ``calibrated`` is refused; None if it is allowed.
     """
 
@@ -72,7 +72,7 @@ class RequestReader:
     limits: Limits
     foreign_parameters: Set[str]
     baselines: Baselines
-    why_no_images: str | None
+    why_no_images: Callable[[], str] | None
     why_uncalibrated: Callable[[], str] | None
 
     def read(self, request: Any) -> Work:
@@ -85,7 +85,7 @@ class RequestReader:
         if parameters.method == "calibrated" and self.why_uncalibrated is not None:
             raise ParameterError(f"parameter 'method' must not be 'calibrated': {self.why_uncalibrated()}")
         if "images" in parameters.baselines and self.why_no_images is not None:
-            raise ParameterError(f"parameter 'baseline' must not be 'images': {self.why_no_images}")
+            raise ParameterError(f"parameter 'baseline' must not be 'images': {self.why_no_images()}")
         pixels, logits = (
             # A copy: Triton takes its shared memory back when `execute` returns.
             torch.tensor(pb_utils.get_input_tensor_by_name(request, name).as_numpy())

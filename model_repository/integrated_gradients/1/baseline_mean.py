@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from integration_path import LEAST_CHANGE, IntegrationPath, ratio
@@ -46,19 +46,26 @@ class BaselineMean:
         if any(path.stage is None for path in self.waiting):  # it ended early
             return []
         is_trusted = all(path.rule.is_trusted for path in self.waiting)
-        error, gap = self.error_estimate, self._gap()
+        stages = [path.stage for path in self.waiting if path.stage is not None]
+        whole = max(abs(sum(stage.change for stage in stages)), LEAST_CHANGE * self._sum().abs().sum().item())
+        error, gap = self.error_estimate, ratio(sum(stage.surplus for stage in stages), whole)
         if is_trusted and max(error, gap) <= self._tolerance:
             return []
-        # The error that each path may have, if all have the same and their errors cancel as they do now.
+        # Independent errors add up by their squares; these cancel as they do now.
         errors = [norm for norm, _ in map(_error, self.waiting)]
         cancelling = ratio(math.hypot(*errors), error * self._size()) if math.isfinite(error) else 1.0
-        allowed = self._tolerance * self._size() * min(1.0, cancelling) / math.sqrt(self._count)
+        budget = self._tolerance * self._size() * min(1.0, cancelling)
+        allowed = math.sqrt(fair_share([own**2 for own in errors], budget**2))
+        allowed_surplus = fair_share([stage.surplus for stage in stages], self._tolerance * whole)
         going_on = []
-        for path, own in zip(self.waiting, errors):
-            assert path.stage is not None  # none ended early
-            if is_trusted and own <= allowed and gap <= self._tolerance:
+        for path, stage, own in zip(self.waiting, stages, errors):
+            if is_trusted and own <= allowed and stage.surplus <= allowed_surplus:
                 continue
-            path.rule.aim(ratio(allowed, path.stage.attributions.norm().item()))
+            # A path stops by its own relative error and gap.
+            aim = ratio(allowed, stage.attributions.norm().item())
+            if stage.surplus > allowed_surplus:
+                aim = min(aim, stage.gap * allowed_surplus / stage.surplus)
+            path.rule.aim(aim)
             if path.refine(affordable(path)):
                 going_on.append(path)
         self.waiting = [path for path in self.waiting if path not in going_on]
@@ -81,17 +88,21 @@ class BaselineMean:
     def _sum(self) -> Tensor:
         return torch.stack([path.attributions for path in self.waiting]).sum(dim=0)
 
-    def _gap(self) -> float:
-        """Relative completeness gap of the mean."""
-        stages = [path.stage for path in self.waiting if path.stage is not None]
-        change = abs(sum(stage.change for stage in stages))
-        size = self._sum().abs().sum().item()
-        return ratio(sum(stage.surplus for stage in stages), max(change, LEAST_CHANGE * size))
+
+def fair_share(values: Sequence[float], total: float) -> float:
+    """The most that each value may be for their sum to be a total, if smaller ones stay as they are."""
+    share = 0.0
+    for number, value in enumerate(sorted(values)):
+        share = total / (len(values) - number)
+        if value > share:
+            break
+        total -= value
+    return share
 
 
 def _error(path: IntegrationPath) -> tuple[float, Tensor | None]:
     """The norm of a path's estimated error, and that error as a map; None for one that ended before its first stage."""
     if path.stage is None:
         return path.rule.error_estimate * path.attributions.norm().item(), None
-    error = path.rule.error_share * path.stage.difference_map
+    error = path.stage.error_share * path.stage.difference_map
     return error.norm().item(), error

@@ -94,7 +94,10 @@ def _read(file: Path) -> tuple[float, float, float]:
 
 
 def _expected_rows(parameters: AttributionParameters, usual_rows: float) -> float:
-    """Expected gradients an image; 0 with a deadline, because such requests go first."""
+    """Expected gradients an image; 0 with a deadline, because such requests go first.
+
+    The images of the baseline ``images`` count as one, since their number is known to the worker alone.
+    """
     if parameters.deadline_ms is not None:
         return 0
     steps = parameters.n_steps if parameters.tolerance is None else min(parameters.n_steps, usual_rows)

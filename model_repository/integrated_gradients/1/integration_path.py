@@ -38,6 +38,7 @@ class StageError:
         attributions: shaped like the image.
         difference_map: the difference that estimates the error, likewise.
         difference: its relative norm.
+        error_share: the estimated error as a share of the difference.
         surplus: absolute completeness gap, without what may be rounding.
         change: F(image) - F(baseline).
         gap: relative completeness gap.
@@ -46,6 +47,7 @@ class StageError:
     attributions: Tensor
     difference_map: Tensor
     difference: float
+    error_share: float
     surplus: float
     change: float
     gap: float
@@ -187,7 +189,15 @@ class IntegrationPath:
         attributions, difference_map = self._pull_back(torch.cat((self._gradient, difference)))
         sizes = torch.stack((difference_map.norm(), attributions.norm(), self._change))
         error, norm, change, surplus, scale = torch.cat((sizes, self._gap(attributions))).tolist()
-        return StageError(attributions, difference_map, ratio(error, norm), surplus, change, ratio(surplus, scale))
+        return StageError(
+            attributions,
+            difference_map,
+            ratio(error, norm),
+            self.rule.error_share,
+            surplus,
+            change,
+            ratio(surplus, scale),
+        )
 
     def _gap(self, attributions: Tensor) -> Tensor:
         """The completeness gap of attributions and what it is relative to, [2]."""

@@ -73,20 +73,18 @@ class TritonPythonModel:
         classes = check_classifier(module, files.model, shape, self.device)
         self.engine = build_engine(module, self.device, shape, max_rows, precision, density)
         check_gradients(self.engine.network, files.model, shape, self.device)
-        images: Sequence[torch.Tensor] = ()
-        why_no_images = None
         try:
-            images = load_images(files.folder / IMAGES_FILE, files.sha256, shape).to(self.device).unbind()
-        except BaselineError as error:
-            why_no_images = str(error)
+            images: Sequence[torch.Tensor] = load_images(files.folder / IMAGES_FILE, files.sha256, shape).unbind()
+        except BaselineError:
+            images = ()
         self.reader = RequestReader(
             self.device,
             files.sha256,
             classes,
             Limits(*(int(settings[name]) for name in ("max_n_steps", "max_nt_samples", "max_gradients"))),
             {name.strip() for name in settings["foreign_parameters"].split(",")},
-            Baselines(setup.preprocessing.mean, setup.preprocessing.std, images),
-            why_no_images,
+            Baselines(setup.preprocessing.mean, setup.preprocessing.std, [each.to(self.device) for each in images]),
+            None if len(images) else partial(_why_no_images, files, shape),
             None if density else partial(_why_uncalibrated, files),
         )
         self.hold_seconds = float(settings["hold_seconds"])
@@ -247,3 +245,12 @@ def _why_uncalibrated(files: ClassifierFiles) -> str:
     except CalibrationError as error:
         return str(error)
     return "this network has been calibrated since the server started; restart the server to use it"
+
+
+def _why_no_images(files: ClassifierFiles, shape: Sequence[int]) -> str:
+    """Why this process has no baseline images of its classifier."""
+    try:
+        load_images(files.folder / IMAGES_FILE, files.sha256, shape)
+    except BaselineError as error:
+        return str(error)
+    return f"{IMAGES_FILE} has been written since the server started; restart the server to use it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
@@ -46,11 +47,12 @@ def load_images(file: Path, model_sha256: str, shape: Sequence[int]) -> torch.Te
             owner, pixels = str(content["model_sha256"]), content["pixels"]
     except FileNotFoundError:
         raise BaselineError(f"this network has no {file.name}; {hint}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise BaselineError(f"{file.name} cannot be read ({error!r:.100}); {hint}") from None
     if owner != model_sha256:
         raise BaselineError(f"{file.name} belongs to another network (sha256 {owner:.12}...); {hint}")
-    is_valid = pixels.dtype == np.float32 and 1 <= len(pixels) <= MOST_IMAGES and pixels.shape[1:] == tuple(shape)
+    is_valid = pixels.dtype == np.float32 and pixels.ndim == 4 and pixels.shape[1:] == tuple(shape)
+    is_valid = is_valid and 1 <= len(pixels) <= MOST_IMAGES
     if not (is_valid and np.isfinite(pixels).all()):
         raise BaselineError(f"{file.name} has no 1 to {MOST_IMAGES} images of {tuple(shape)}; {hint}")
     return torch.from_numpy(pixels)

@@ -21,7 +21,7 @@ FAIRNESS_FACTOR = 10
 CANCELLATION_CHECK_SECONDS = 1.0
 # A job whose deadline is nearer than this goes before all others.
 URGENT_SECONDS = 2.0
-# Most paths under way for each row of a chunk, which bounds their memory.
+# Most paths that have begun and not ended for each row of a chunk, which bounds their memory.
 MOST_PATHS, MOST_URGENT_PATHS = 2, 4
 
 Priority = tuple[float, float]
@@ -102,6 +102,11 @@ class Task:
         return self.samples_left < self._samples
 
     @property
+    def next_points(self) -> tuple[Hashable, int]:
+        """Paths for which this is equal have the same points, if the task shares any."""
+        return self.sharing_key, self._samples - self.samples_left
+
+    @property
     def is_finished(self) -> bool:
         return not self.samples_left and not self.samples_under_way
 
@@ -153,6 +158,7 @@ class RowScheduler(Generic[TaskT, PathT]):
         self._waiting: list[TaskT] = []  # tasks with paths to start
         self._under_way: list[tuple[TaskT, PathT]] = []
         self._finished: list[TaskT] = []
+        self._fresh: dict[int, tuple[Hashable, int]] = {}  # sharing key and number of paths without a row, by identity
         self._checked_all = time.monotonic()
 
     def add(self, task: TaskT) -> None:
@@ -209,19 +215,21 @@ class RowScheduler(Generic[TaskT, PathT]):
         if not self._waiting:
             return None
         task = self._waiting[0]
-        if len(self._under_way) >= (MOST_URGENT_PATHS if task.is_urgent else MOST_PATHS) * self.limit:
+        started = sum(each.samples_under_way for each in {*self._waiting, *(other for other, _ in self._under_way)})
+        if self._under_way and started >= (MOST_URGENT_PATHS if task.is_urgent else MOST_PATHS) * self.limit:
             return None
         before = sum(path.rows_left for (other, path), *_ in self._groups() if other.priority <= task.priority)
         if before < self.limit:
             return task
         if not self._shares:
             return None
-        begun = {other.sharing_key for other, _ in self._under_way if not other.rows_spent} - {None}
-        return next((other for other in self._waiting if other.sharing_key in begun), None)
+        fresh = {self._fresh.get(id(path)) for _, path in self._under_way}
+        return next((other for other in self._waiting if other.sharing_key and other.next_points in fresh), None)
 
     def start(self, task: TaskT, path: PathT) -> None:
         """Begin one of a task's paths."""
         task.request_start.has_begun = True
+        self._fresh[id(path)] = task.next_points
         task.samples_left -= 1
         task.samples_under_way += 1
         self._under_way.append((task, path))
@@ -237,6 +245,7 @@ class RowScheduler(Generic[TaskT, PathT]):
     def end(self, task: TaskT, path: PathT) -> None:
         """Remove a path that has its answer or gets none."""
         self.park(path)
+        self._fresh.pop(id(path), None)
         task.samples_under_way -= 1
         if task.is_finished:
             self._finished.append(task)
@@ -278,6 +287,8 @@ class RowScheduler(Generic[TaskT, PathT]):
                 break
             chunk.append(Piece(task, path, slice(count, count + rows), tuple(companions)))
             count += rows
+            for _, member in chunk[-1].members:
+                self._fresh.pop(id(member), None)
         return chunk
 
     def _groups(self) -> list[list[tuple[TaskT, PathT]]]:
