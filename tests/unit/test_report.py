@@ -295,7 +295,7 @@ def test_classes_of_one_image_stand_side_by_side(browser, tmp_path):
     assert len({each.size["width"] for each in pictures}) == 1
     assert text(browser, ".legend").split("\n") == ["speaks against the named class", "speaks for the named class"]
     assert text(browser, ".facts").split(" · ") == [
-        "explanation accurate to about ±8\u00a0%",
+        "explanation accurate to about ±8 %",
         "41 gradient steps",
         "70 ms",
     ]
