@@ -25,9 +25,10 @@ SINGLE_STEP_MARGIN = 1.3
 COARSE_SHARE = 0.25
 # Least growth from one number of steps to the next that is worth its gradients.
 LEAST_GROWTH = 1.5
-# The few steps of a higher tolerance measure the error roughly. So a path that goes on from them takes at least this
-# share of the steps that the law plans: fewer can be too few, and then take a further stage. Chosen on five scenes.
-RESUMED_SHARE = 0.9
+# The few steps of a higher tolerance measure the error roughly. So a path that goes on from them takes at least the
+# steps that the law plans, as far as all together are not more than this many times those of a path that starts anew:
+# fewer can be too few, and then take a further stage.
+RESUMED_COST = 1.15
 # Without a calibration, the first two numbers of steps measure where the gradients change. The next stage takes three
 # (a quarter, a half and all of one number), which measure how errors fall.
 SCOUTING_STEPS = (3, 6)
@@ -159,9 +160,11 @@ class RichardsonRule(Rule):
         wanted = math.inf
         if self._tolerance and math.isfinite(self.error_estimate):
             growth = (self.error_estimate / self._tolerance) ** (1 / self._law.order)
-            if self._is_resumed and not self._scouts:
-                growth = max(growth, RESUMED_SHARE * self._planned_steps() / fine_steps)
             wanted = max(least, math.ceil(growth * fine_steps))
+            if self._is_resumed and not self._scouts:
+                planned = self._planned_steps()
+                room = RESUMED_COST * (1 + COARSE_SHARE) * planned - self.n_steps
+                wanted = max(wanted, int(min(planned, room)))
         steps = min(wanted, steps_left)
         if steps < least:
             return False
