@@ -26,6 +26,7 @@ from tools.bench.overload import with_settings
 from tools.evaluation.measuring import (
     default_device,
     describe_machine,
+    distribution,
     explain,
     interleaved,
     load_engine,
@@ -72,9 +73,12 @@ def measure_engine(network: str, images: int, repeats: int) -> list[dict[str, An
             (exact,) = explain(engine, [replace(fine, state=rough.state)])
             return exact.n_steps
 
+        discrete = [replace(job, method="calibrated") for job in jobs]
         runs: dict[str, Callable[[], Any]] = {
             "one class": partial(explain, engine, jobs[:1]),
             "three classes": partial(explain, engine, jobs),
+            "one class, calibrated": partial(explain, engine, discrete[:1]),
+            "three classes, calibrated": partial(explain, engine, discrete),
             f"tolerance {SECOND}": partial(explain, engine, [fine]),
             f"tolerance {FIRST}, then {SECOND}": both,
         }
@@ -83,8 +87,8 @@ def measure_engine(network: str, images: int, repeats: int) -> list[dict[str, An
     return measured
 
 
-def measure_server(repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, on an idle server that has explained all images once."""
+def measure_server(repeats: int) -> dict[str, dict[str, float]]:
+    """The distribution of the seconds of each call, on an idle server that has explained all images once."""
     with TemporaryDirectory() as folder:
         repository = with_settings(Path(folder), "integrated_gradients", kept_bytes=KEPT_BYTES)
         with EmbeddedServer(repository, Ports.free(), log_file=OUTPUTS / "bench" / "triton.log") as server:
@@ -105,24 +109,26 @@ def measure_server(repeats: int) -> dict[str, list[float]]:
             for run in runs.values():
                 for _ in images:
                     run()
-            return interleaved(runs, repeats)
+            return {name: distribution(seconds) for name, seconds in interleaved(runs, repeats).items()}
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown tables of medians and ratios."""
     lines = [
-        f"| network | image | three classes, times one | {FIRST} then {SECOND}, times {SECOND} alone | gradients |",
-        "|---|---|---|---|---|",
+        "| network | image | three classes, times one | the same, `calibrated` "
+        f"| {FIRST} then {SECOND}, times {SECOND} alone | gradients of both |",
+        "|---|---|---|---|---|---|",
     ]
     for network, images in report["engine"].items():
         for number, image in enumerate(images):
-            one, three, alone, both = image["seconds"].values()
-            counts = " and ".join(map(str, image["gradients"].values()))
-            lines.append(f"| {network} | {number} | {three / one:.2f} | {both / alone:.2f} | {counts} |")
-    seconds = medians(report["server"])
-    base = seconds["classify"]
+            seconds = list(image["seconds"].values())  # in pairs
+            ratios = " | ".join(f"{more / one:.2f}" for one, more in zip(seconds[::2], seconds[1::2]))
+            counts = ", ".join(map(str, reversed(image["gradients"].values())))
+            lines.append(f"| {network} | {number} | {ratios} | {counts} |")
+    calls = {name: seconds["p50"] for name, seconds in report["server"].items()}
+    base = calls["classify"]
     lines += ["", "| call | median ms | times classify |", "|---|---|---|"]
-    lines += [f"| {call} | {1e3 * value:.1f} | {value / base:.2f} |" for call, value in seconds.items()]
+    lines += [f"| {call} | {1e3 * value:.1f} | {value / base:.2f} |" for call, value in calls.items()]
     return "\n".join(lines)
 
 
