@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import shutil
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +20,10 @@ import pytest
 import timm
 import torch
 import tritonclient.grpc
+from attribution_metrics import FLUSH_SECONDS
 from classifier_files import Preprocessing
 from conftest import encode, relative_distance, scene_image, untrained
-from live_server import Stream, infer
+from live_server import Stream, infer, stub
 from path_baselines import Baselines
 from path_density import FILE_NAME
 from PIL import Image
@@ -187,3 +191,29 @@ def test_a_file_that_cannot_be_explained_is_refused_at_start_up(tmp_path: Path) 
         EmbeddedServer(models, Ports.free(), tmp_path / "log"),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_take_no_more_memory_than_may_be_kept(tmp_path: Path) -> None:
+    """Their answers would take 700 MB; `kept_bytes` allows 64."""
+    make, preprocessing = OWN_SIZES["grey, 96 x 160"]
+    source = Source(own_networks.seeded(make(5, 1)), list("abcde"), "tiny", "mine", preprocessing=preprocessing)
+    random = np.random.default_rng(0)
+
+    def resident(process: int) -> int:
+        status = Path(f"/proc/{process}/status").read_text()
+        return 1024 * int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+
+    with served(source, tmp_path) as (server, triton):
+        process, sizes = stub(server.process.pid, "integrated_gradients"), []
+        for _ in range(5):
+            for _ in range(63):
+                noise = random.integers(0, 256, (32, 96, 160), np.uint8)
+                infer(triton, [encode(Image.fromarray(each)) for each in noise], outputs=["N_STEPS"], n_steps=1)
+            time.sleep(2 * FLUSH_SECONDS)
+            metrics = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+            kept = float(re.findall(r"^integrated_gradients_kept_bytes{.*} (\S+)$", metrics, re.MULTILINE)[0])
+            assert 60e6 < kept <= 64e6
+            sizes.append(resident(process))
+    print(f"resident memory after each 2,016 images: {[round(size / 1e6) for size in sizes]} MB")
+    assert sizes[-1] - sizes[0] < 30e6
