@@ -49,8 +49,9 @@ from tools.evaluation.measuring import (
     medians,
     relative_distance,
     rounded,
+    write_report,
 )
-from tools.evaluation.quality_report import plot, summarise, table
+from tools.evaluation.quality_report import faithfulness_table, plot, summarise, table
 from tools.imagenet import photographs
 from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
@@ -269,6 +270,9 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--tolerances", nargs="+", type=float, default=list(TOLERANCES))
     parser.add_argument("--reference-steps", type=int, help="default: 2048 for shapes, 4096 for others")
+    parser.add_argument(
+        "--faithfulness", action="store_true", help="only the areas under the deletion and insertion curves, in minutes"
+    )
     parser.add_argument("--folder", type=Path, default=OUTPUTS / "quality", help="where results are kept between runs")
     arguments = parser.parse_args()
     if arguments.network not in CALIBRATED_NETWORKS:
@@ -280,12 +284,19 @@ def main() -> None:
     held_out = HeldOut(arguments.network, arguments.device, steps, arguments.folder, rules)
     held_out.folder.mkdir(parents=True, exist_ok=True)
     images = held_out.images(arguments.images)
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["python -m tools.quality", *sys.argv[1:]]),
         "machine": describe_machine(arguments.device),
         "network": arguments.network,
         "images": arguments.images,
         "reference_steps": steps,
+    }
+    if arguments.faithfulness:
+        report["faithfulness"] = held_out.faithfulness(images)
+        file = arguments.folder / f"faithfulness_{arguments.network}.json"
+        write_report(report, "\n".join(faithfulness_table(report)), file)
+        return
+    report |= {
         "rules": summarise(held_out.results(images, arguments.outputs)),
         "seconds": held_out.seconds(list(images.values())[:TIMED_IMAGES]),
         "faithfulness": held_out.faithfulness(images),

@@ -314,7 +314,7 @@ def test_classes_of_one_image_stand_side_by_side(browser, tmp_path):
     ActionChains(browser).send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT).perform()
     assert dialog.find_element(By.TAG_NAME, "p").text.endswith("Why star?")
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
-    assert browser.switch_to.active_element == pictures[0]
+    WebDriverWait(browser, 10).until(lambda _: browser.switch_to.active_element == pictures[0])
     assert browser.get_log("browser") == []
 
 

@@ -79,13 +79,17 @@ def table(report: dict[str, Any]) -> str:
     for output in report["rules"]:
         lines += _rules_table(report, output)
         lines += _tolerances_table(report, output)
+    return "\n".join([*lines, *faithfulness_table(report)]) + "\n"
+
+
+def faithfulness_table(report: dict[str, Any]) -> Iterable[str]:
+    """Lines of a Markdown table of the maps' faithfulness."""
     names = {"deletion": "deletion", "insertion": "insertion"}
     if report["network"] == "shapes":
         names |= {"top_share_inside": "top 1 % inside", "peak_inside": "peak inside"}
-    lines += ["| map | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
+    yield from ("| map | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|")
     for name, means in report["faithfulness"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{means[key]:.3f}" for key in names) + " |")
-    return "\n".join(lines) + "\n"
+        yield f"| {name} | " + " | ".join(f"{means[key]:.3f}" for key in names) + " |"
 
 
 def _rules_table(report: dict[str, Any], output: str) -> Iterable[str]:
