@@ -90,10 +90,12 @@ class Job:
             self,
             baseline=baseline,
             baseline_key=key,
-            ends_key=self.ends_key and (self.ends_key, number),
+            ends_key=None if self.ends_key is None else (self.ends_key, number),
             further_baselines=(),
             # The errors of paths partly cancel in the mean. The engine refines those further that the mean needs.
-            tolerance=self.tolerance and min(LARGEST_TOLERANCE, self.tolerance * math.sqrt(self.paths)),
+            tolerance=None
+            if self.tolerance is None
+            else min(LARGEST_TOLERANCE, self.tolerance * math.sqrt(self.paths)),
         )
 
     @property

@@ -43,7 +43,7 @@ def is_plain(job: Job) -> bool:
 
 def path_key(job: Job) -> Hashable:
     """Equal for jobs that explain the same function along the same path, to any accuracy; None where unknown."""
-    return job.ends_key and (job.ends_key, job.target, job.contrast, job.probability)
+    return None if job.ends_key is None else (job.ends_key, job.target, job.contrast, job.probability)
 
 
 def answer_key(job: Job) -> Hashable:
