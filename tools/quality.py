@@ -44,6 +44,7 @@ from tools.evaluation.measuring import (
     default_device,
     describe_machine,
     explain,
+    held_out_images,
     load_engine,
     load_manifest,
     medians,
@@ -53,9 +54,8 @@ from tools.evaluation.measuring import (
 )
 from tools.evaluation.quality_report import faithfulness_table, plot, summarise, table
 from tools.imagenet import photographs
-from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
-from tools.shapes.dataset import draw_view, view_pixels
+from tools.shapes.dataset import draw_view
 
 METHODS = (
     "gausslegendre",
@@ -134,10 +134,7 @@ class HeldOut:
 
     def images(self, count: int) -> dict[str, Tensor]:
         """Images by name, normalised, float32 [channels, height, width]."""
-        if self.network == "shapes":
-            images = {str(index): view_pixels("test", [index])[0] for index in range(FIRST_VIEW, FIRST_VIEW + count)}
-        else:
-            images = {name: view(image, self.preprocessing) for name, image in crops(HELD_OUT, count)}
+        images = held_out_images(self.network, count, FIRST_VIEW)
         return {name: image.to(self.device) for name, image in images.items()}
 
     def job(self, image: Tensor, output: str) -> Job:

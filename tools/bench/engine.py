@@ -49,6 +49,7 @@ from tools.evaluation.measuring import (
     default_device,
     describe_machine,
     explain,
+    held_out_images,
     interleaved,
     load_engine,
     medians,
@@ -57,9 +58,7 @@ from tools.evaluation.measuring import (
     timed,
     write_report,
 )
-from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
-from tools.shapes.dataset import view_pixels
 
 CHUNK_SIZES = (1, 2, 4, 5, 6, 8, 9, 10, 13, 17, 25)
 GPU_CHUNK_SIZES = (8, 16, 32, 50, 64, 128)
@@ -137,11 +136,7 @@ class Contestants:
         self.device, self.precision = device, precision
         self.engine = load_engine(device, precision, max_rows, network)
         source = load_source(network)
-        if network == "shapes":
-            self.images = view_pixels("test", range(batch)).to(device)
-        else:
-            views = [view(image, source.preprocessing) for _, image in crops(HELD_OUT, batch)]
-            self.images = torch.stack(views).to(device)
+        self.images = torch.stack(list(held_out_images(network, batch).values())).to(device)
         self.eager = source.module.to(device)
         self.tuned_module = self.engine.network
         with torch.no_grad():

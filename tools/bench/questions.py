@@ -8,6 +8,7 @@ against ``classify``. All of each comparison take turns. Prints medians and thei
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from attribution_engine import AttributionEngine
 from attribution_job import Job
-from classifier_files import Preprocessing
 
 from tools.bench.load import jpeg_images, triton_asker
 from tools.bench.overload import with_settings
@@ -28,16 +28,14 @@ from tools.evaluation.measuring import (
     describe_machine,
     distribution,
     explain,
+    held_out_images,
     interleaved,
     load_engine,
-    load_manifest,
     medians,
     write_report,
 )
-from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
-from tools.shapes.dataset import view_pixels
 
 STEPS, CLASSES, FIRST, SECOND, MOST_STEPS = 20, 3, 0.1, 0.02, 1000
 KEPT_BYTES = 64_000_000
@@ -45,17 +43,12 @@ KEPT_BYTES = 64_000_000
 
 def jobs_of(engine: AttributionEngine, network: str, count: int) -> list[list[Job]]:
     """For each image the jobs of its likeliest classes, as `integrated_gradients` makes them."""
-    if network == "shapes":
-        images = [view_pixels("test", [index])[0] for index in range(count)]
-    else:
-        preprocessing = Preprocessing.from_manifest(load_manifest(network)["preprocessing"])
-        images = [view(image, preprocessing) for _, image in crops(HELD_OUT, count)]
-    device = default_device()
     jobs = []
-    for number, image in enumerate(image.to(device) for image in images):
+    for name, pixels in held_out_images(network, count).items():
+        image = pixels.to(default_device())
         with torch.no_grad():
             logits = engine.network(image[None])[0]
-        first = Job(image, torch.zeros_like(image), 0, STEPS, image_logits=logits, baseline_key="zero", ends_key=number)
+        first = Job(image, torch.zeros_like(image), 0, STEPS, image_logits=logits, baseline_key="zero", ends_key=name)
         jobs.append([replace(first, target=target) for target in logits.topk(CLASSES).indices.tolist()])
     return jobs
 
@@ -96,7 +89,7 @@ def measure_server(repeats: int) -> dict[str, dict[str, float]]:
 
             def asker(model: str, outputs: tuple[str, ...], **parameters: Any) -> Callable[[], Any]:
                 ask = triton_asker(server.grpc_url, model, images, outputs, parameters)
-                numbers = iter(range(10**9))
+                numbers = itertools.count()
                 return lambda: ask(next(numbers))
 
             explained = ("SALIENCY", "HEATMAP")

@@ -27,6 +27,8 @@ from path_density import FILE_NAME, PathDensity
 from torch import Tensor
 
 from tools.export import read_manifest, repository_with
+from tools.imagenet.photographs import HELD_OUT, crops, view
+from tools.shapes.dataset import view_pixels
 
 
 def model_file(network: str = "shapes") -> Path:
@@ -39,6 +41,19 @@ def load_manifest(network: str = "shapes") -> dict[str, Any]:
     manifest = read_manifest(repository_with(network))
     assert manifest is not None  # `repository_with` has exported it
     return manifest
+
+
+def held_out_images(network: str, count: int, first: int = 0) -> dict[str, Tensor]:
+    """Images that no training and no calibration saw, by name, normalised, float32 [channels, height, width].
+
+    Args:
+        network: ``shapes`` has drawn scenes, from the one of number ``first``; others have crops of photographs.
+        count: how many.
+    """
+    if network == "shapes":
+        return {str(index): view_pixels("test", [index])[0] for index in range(first, first + count)}
+    preprocessing = Preprocessing.from_manifest(load_manifest(network)["preprocessing"])
+    return {name: view(image, preprocessing) for name, image in crops(HELD_OUT, count)}
 
 
 def load_engine(device: torch.device, precision: str, max_rows: int = 0, network: str = "shapes") -> AttributionEngine:

@@ -47,14 +47,16 @@ class BaselineMean:
             return []
         is_trusted = all(path.rule.is_trusted for path in self.waiting)
         stages = [path.stage for path in self.waiting if path.stage is not None]
-        whole = max(abs(sum(stage.change for stage in stages)), LEAST_CHANGE * self._sum().abs().sum().item())
-        error, gap = self.error_estimate, ratio(sum(stage.surplus for stage in stages), whole)
+        total = self._sum()
+        whole = max(abs(sum(stage.change for stage in stages)), LEAST_CHANGE * total.abs().sum().item())
+        size, error = total.norm().item(), self.error_estimate
+        gap = ratio(sum(stage.surplus for stage in stages), whole)
         if is_trusted and max(error, gap) <= self._tolerance:
             return []
         # Independent errors add up by their squares; these cancel as they do now.
         errors = [norm for norm, _ in map(_error, self.waiting)]
-        cancelling = ratio(math.hypot(*errors), error * self._size()) if math.isfinite(error) else 1.0
-        budget = self._tolerance * self._size() * min(1.0, cancelling)
+        cancelling = ratio(math.hypot(*errors), error * size) if math.isfinite(error) else 1.0
+        budget = self._tolerance * size * min(1.0, cancelling)
         allowed = math.sqrt(fair_share([own**2 for own in errors], budget**2))
         allowed_surplus = fair_share([stage.surplus for stage in stages], self._tolerance * whole)
         going_on = []
@@ -79,11 +81,7 @@ class BaselineMean:
         together = torch.stack(known).sum(dim=0).norm().item() if known else 0.0
         unknown = sum(norm for norm, each in zip(norms, maps) if each is None)
         independent = math.hypot(*(norm for norm, each in zip(norms, maps) if each is not None))
-        return ratio(max(together, independent) + unknown, self._size())
-
-    def _size(self) -> float:
-        """The norm of the sum of the attributions."""
-        return self._sum().norm().item()
+        return ratio(max(together, independent) + unknown, self._sum().norm().item())
 
     def _sum(self) -> Tensor:
         return torch.stack([path.attributions for path in self.waiting]).sum(dim=0)

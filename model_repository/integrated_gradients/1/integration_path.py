@@ -73,7 +73,6 @@ class IntegrationPath:
         self.job, self.image, self.rule = job, image, rule
         self._given_network, self._multiply_by_inputs = network, multiply_by_inputs
         self._next_step = 0
-        self._attributions: Tensor | None = None
         self._state: PathState | None = None
         self.stage: StageError | None = None  # the last complete one
         self.is_placed = False
@@ -91,15 +90,13 @@ class IntegrationPath:
         assert state.rule is not None
         path = cls(job, job.image, state.rule.resumed(job.tolerance, job.n_steps), network)
         path.start = StartPoint(torch.empty(0), state.start_logits)  # until it is placed
-        path._attributions = state.attributions
         path._state = state
         return path
 
     def goes_on(self, affordable: float) -> bool:
         """Begin the next stage of a resumed path; False if it has reached its aim, or cannot afford more."""
         assert self._state is not None
-        assert self._attributions is not None
-        return self.rule.refine(self._state.difference, ratio(*self._gap(self._attributions).tolist()), affordable)
+        return self.rule.refine(self._state.difference, ratio(*self._gap(self.attributions).tolist()), affordable)
 
     @property
     def rows_left(self) -> int:
@@ -163,7 +160,6 @@ class IntegrationPath:
         if difference is None:
             return
         self.stage = stage = self.estimate_error(difference)
-        self._attributions = stage.attributions
         if self.job.keeps_state and not self.job.stdevs:
             start = self._end_logits[1]
             self._state = PathState(start, self.rule.completed(), stage.attributions, stage.difference)
@@ -178,7 +174,7 @@ class IntegrationPath:
 
     def finish_early(self) -> bool:
         """End in the middle of a stage; whether there is an answer."""
-        return self._attributions is not None or self.rule.finish_early(self._next_step)
+        return self._of_complete_stages is not None or self.rule.finish_early(self._next_step)
 
     def estimate_error(self, difference: Tensor) -> StageError:
         """The rule's present answer as attributions, and the relative sizes that estimate its error.
@@ -229,7 +225,14 @@ class IntegrationPath:
     @property
     def attributions(self) -> Tensor:
         """The answer so far, shaped like the image."""
-        return self._pull_back(self._gradient)[0] if self._attributions is None else self._attributions
+        complete = self._of_complete_stages
+        return self._pull_back(self._gradient)[0] if complete is None else complete
+
+    @property
+    def _of_complete_stages(self) -> Tensor | None:
+        """The attributions of the last complete stage, which may be an earlier job's."""
+        last = self.stage or self._state
+        return None if last is None else last.attributions
 
     @property
     def _gradient(self) -> Tensor:
