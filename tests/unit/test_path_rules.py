@@ -229,3 +229,19 @@ def test_adaptive_trapezoid_rule_keeps_the_last_complete_stage():
     rule.add(slice(0, 1), jumps(rule.nodes[:1]))
     assert rule.finish_early(1)
     torch.testing.assert_close(rule.gradient, complete)
+
+
+@pytest.mark.parametrize(("tolerance", "all_of_the_plan"), [(0.005, True), (0.02, False)])
+def test_a_path_that_goes_on_takes_the_planned_steps_as_far_as_both_cost_little_more(tolerance, all_of_the_plan):
+    """Though its own estimate asks for fewer: that of a few steps is rough."""
+    rule = RichardsonRule(even_bounds, LAW, 0.1, 1000, math.inf, CPU)
+    first = len(rule.nodes) - 1
+    rule.add(slice(0, first), torch.ones(first, 2).double())
+    rule.complete_stage()
+    resumed = rule.completed().resumed(tolerance, 1000)
+    spent = resumed.n_steps
+    assert resumed.refine(1.01 * tolerance / resumed.error_share, 0.0)
+    planned = LAW.planned_steps(tolerance)
+    room = int(1.15 * 1.25 * planned - spent)
+    assert (planned <= room) == all_of_the_plan
+    assert len(resumed.nodes) - 1 == min(planned, room)
