@@ -90,6 +90,9 @@ def server_options(repository: Path, host: str, ports: Ports, admin_key: str, st
         f"--http-restricted-api={RESTRICTED_APIS}:{ADMIN_HEADER}={admin_key}",
         f"--grpc-restricted-protocol={RESTRICTED_APIS}:{ADMIN_HEADER}={admin_key}",
         f"--exit-timeout-secs={stop_seconds}",
+        # The configs are complete. To complete them Triton would start each model's process twice, and import torch in
+        # each: ready after 13 s instead of 7 (2 cores).
+        "--disable-auto-complete-config",
     ]
 
 

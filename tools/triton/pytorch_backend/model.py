@@ -9,7 +9,6 @@ from __future__ import annotations  # pb_utils has its types only inside Triton
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
@@ -20,10 +19,6 @@ def _position(name: str) -> int:
 
 
 class TritonPythonModel:
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.inputs = sorted((tensor["name"] for tensor in config["input"]), key=_position)
