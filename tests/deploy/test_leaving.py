@@ -75,7 +75,7 @@ def test_it_waits_until_nothing_is_under_way(monkeypatch, clock, readings, secon
 def test_an_idle_server_waits_until_its_connections_have_ended(monkeypatch, clock):
     metrics(monkeypatch, (5, 0))
     assert drain(PORTS, age_seconds=20, most_seconds=60, quiet_seconds=QUIET)
-    assert clock[0] - 1000 == pytest.approx(23, abs=POLL_SECONDS)
+    assert clock[0] - 1000 == pytest.approx(31, abs=POLL_SECONDS)
 
 
 def test_it_does_not_wait_for_ever_nor_for_a_server_that_is_gone(monkeypatch, clock):
@@ -167,7 +167,7 @@ def test_a_server_that_leaves_loses_no_request_and_no_stream(tmp_path):
             calls += [pool.submit(ask_leaving, is_stream) for is_stream in (False, True)]
             time.sleep(1)
             names.addresses = [hosts[1]]  # as the service's endpoints when a pod terminates
-            assert drain(ports, AGE, most_seconds=240, host=hosts[0], say=print)
+            assert drain(ports, AGE, most_seconds=240, look_up_seconds=AGE, host=hosts[0], say=print)
             assert all(call.done() for call in calls[len(KINDS) :])
             started = time.monotonic()
             servers[0].process.terminate()

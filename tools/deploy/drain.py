@@ -34,8 +34,9 @@ POLL_SECONDS = 0.5
 # A server of which something waits while no counter changes hangs: nobody should wait for it. Kubernetes runs `preStop`
 # before it restarts such a container, too.
 STUCK_SECONDS = 30.0
-# gRPC closes a connection up to a tenth after its age; a second more for the client to look up servers.
-AGE_FACTOR, LOOK_UP_SECONDS = 1.1, 1.0
+# gRPC closes a connection up to a tenth after its age. Its clients then look up the servers, by default at most every
+# 30 s, so that one may still open a connection to this server; and a second more for the answer.
+AGE_FACTOR, LOOK_UP_SECONDS, ANSWER_SECONDS = 1.1, 30.0, 1.0
 
 
 def drain(
@@ -43,6 +44,7 @@ def drain(
     age_seconds: float,
     most_seconds: float,
     quiet_seconds: float = QUIET_SECONDS,
+    look_up_seconds: float = LOOK_UP_SECONDS,
     host: str = LOCALHOST,
     say: Callable[[str], None] = lambda message: None,
 ) -> bool:
@@ -53,13 +55,14 @@ def drain(
         age_seconds: age of the connections that it closes; 0 if it closes none.
         most_seconds: longest wait.
         quiet_seconds: how long nothing may happen until nothing is under way; longer than any step of a request.
+        look_up_seconds: how long clients may go by what they last looked up.
         host: of the server.
         say: called with a message at the end.
     """
     with open(os.open(leaving_file(ports.http), os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)):
         pass  # the file alone says it
     started = quiet_since = moved = time.monotonic()
-    told = started + (AGE_FACTOR * age_seconds + LOOK_UP_SECONDS if age_seconds else 0.0)
+    told = started + (max(AGE_FACTOR * age_seconds, look_up_seconds) + ANSWER_SECONDS if age_seconds else 0.0)
     before = None
     while (now := time.monotonic()) < started + most_seconds:
         try:
