@@ -34,6 +34,7 @@ reason = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.containers, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 IMAGE = encode(scene_image(0))
+VERSION = re.findall(r"TRITON_VERSION=(\S+)", (ROOT / ".env.example").read_text())[0]
 # A model's process and Triton, by parts of their command lines.
 MODEL = ("triton_python_backend_stub", "/integrated_gradients/")
 TRITON = ("tritonserver", "--model-repository")
@@ -54,12 +55,11 @@ def engine(tmp_path_factory):
 @pytest.fixture(scope="session")
 def project(engine, tmp_path_factory):
     """The compose project with its images built and no container started."""
-    version = re.findall(r"TRITON_VERSION=(\S+)", (ROOT / ".env.example").read_text())[0]
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     engine.build_stand_ins(
         {
-            "tritonserver": f"nvcr.io/nvidia/tritonserver:{version}-py3",
-            "sdk": f"nvcr.io/nvidia/tritonserver:{version}-py3-sdk",
+            "tritonserver": f"nvcr.io/nvidia/tritonserver:{VERSION}-py3",
+            "sdk": f"nvcr.io/nvidia/tritonserver:{VERSION}-py3-sdk",
             "prometheus": services["prometheus"]["image"],
             "nginx": "stand-in/nginx:bookworm",
         }
@@ -219,6 +219,18 @@ def test_the_perf_profile_measures_the_server(running):
         PERF_OPTIONS=f"{options} --stability-percentage 99",
     )
     assert float(re.findall(r"throughput: ([\d.]+) infer/sec", printed)[-1]) > 0.5
+
+
+def test_a_model_can_be_in_the_image(project, engine, tmp_path):
+    lines = [f"FROM explaining-triton:{VERSION}", "RUN WEIGHTS=shapes python3 -m tools.deploy.prepare"]
+    (tmp_path / "Dockerfile").write_text("\n".join(lines))
+    engine.docker("build", "--tag", "with-model", str(tmp_path))
+    container = engine.docker("run", "--detach", "with-model").strip()
+    try:
+        probe = ("exec", container, "python3", "-m", "tools.probe")
+        wait_for(lambda: engine.try_docker(*probe).returncode == 0, 120, lambda: engine.docker("logs", container))
+    finally:
+        engine.docker("rm", "--force", container)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

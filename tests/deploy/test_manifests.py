@@ -117,8 +117,8 @@ def test_shell_scripts_are_clean():
     assert result.returncode == 0, result.stdout
 
 
-def rendered(folder: str) -> list[dict]:
-    """The manifests that ``kubectl apply -k`` would send."""
+def rendered(folder: str | Path) -> list[dict]:
+    """The manifests that ``kubectl apply -k`` would send; a folder of `kubernetes`, or another one."""
     result = run("kubectl", "kustomize", str(KUBERNETES / folder))
     assert result.returncode == 0, result.stderr
     assert "deprecated" not in result.stderr
@@ -166,6 +166,26 @@ def test_an_overlay_fits_the_api_and_needs_no_operator(overlay):
         limits = triton["resources"]["limits"]
         assert ("nvidia.com/gpu" in limits) == (overlay == "gpu" and name == "explain")
         assert ("cpu" in limits) == (overlay == "cpu")
+
+
+@needs("kubectl")
+def test_pods_with_a_model_in_their_image_prepare_none(tmp_path):
+    paths = {name: os.path.relpath(KUBERNETES / name, tmp_path) for name in ("cpu", "baked")}
+    content = {"kind": "Kustomization", "resources": [paths["cpu"]], "components": [paths["baked"]]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    manifests = rendered(tmp_path)
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
+        pod = deployment["spec"]["template"]["spec"]
+        expected = of_kind(rendered("cpu"), "Deployment")[name]["spec"]["template"]["spec"]
+        assert not pod["initContainers"]
+        assert [each["name"] for each in pod["volumes"]] == ["shared-memory"]
+        assert [each["mountPath"] for each in pod["containers"][0]["volumeMounts"]] == ["/dev/shm"]
+        for spec in (pod, expected):
+            spec.pop("initContainers")
+            spec.pop("volumes")
+            spec["containers"][0].pop("volumeMounts")
+        assert pod == expected
 
 
 def _module(action: dict) -> list[str]:
