@@ -55,7 +55,7 @@ PYTHON = "/opt/explaining/.venv/bin/python"
 RESOURCES = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}}
 ROLES = ("explain", "classify")
 # Images of the run of `explain` during which pods go.
-FOLDER = 100
+FOLDER = 60
 
 
 class Cluster:
@@ -361,11 +361,11 @@ def test_images_a_second_grow_with_the_pods(cluster):
     rates: dict[int, float] = {}
     for pods in (3, 2, 1):
         cluster.scale(explain=pods, classify=0)
-        with cluster.load(10, folder=24 * pods, concurrency=12) as told:
+        with cluster.load(10, folder=18 * pods, concurrency=12) as told:
             pass
         folder = told["folder"]
         assert folder["status"] == 0, folder["stderr"]
-        rates[pods] = 24 * pods / folder["seconds"]
+        rates[pods] = 18 * pods / folder["seconds"]
         milliseconds = [line["milliseconds"] for line in folder["lines"]]
         median, p95 = statistics.median(milliseconds), float(np.percentile(milliseconds, 95))
         print(f"{pods} pods: {rates[pods]:.2f} images a second, p50 {median:.0f} ms, p95 {p95:.0f} ms")
