@@ -172,9 +172,9 @@ def test_parameters_mean_what_captum_means(triton, images, eager_model, paramete
         target=2,
         **{**sent, "n_steps": int(sent["n_steps"])},
     )
-    # Captum in float32 is up to 4e-3 from float64 on such images: a flipped activation is that much.
+    # Captum in float32 is up to 4e-3 from float64 on such images: a flipped activation is that much, also of the sum.
     assert relative_distance(answer["ATTRIBUTIONS"][0], reference) <= 5e-3
-    assert answer["CONVERGENCE_DELTA"][0, 0] == pytest.approx(delta, abs=1e-3)
+    assert answer["CONVERGENCE_DELTA"][0, 0] == pytest.approx(delta, abs=5e-3)
     assert answer["N_STEPS"][0, 0] == int(sent["n_steps"])
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import winograd_convolution
 from attribution_engine import AttributionEngine
+from attribution_job import Job
 from classifier_loading import load_classifier
-from engine_loading import CPU_MAX_ROWS, MALLOC_OPTIONS, PRECISIONS, allow_tf32, build_engine
+from conftest import relative_distance
+from engine_loading import CPU_MAX_ROWS, MALLOC_OPTIONS, PRECISIONS, WINOGRAD_MAX_ROWS, allow_tf32, build_engine
 from path_density import PathDensity
 from torch import nn
 
@@ -138,3 +141,40 @@ def test_another_c_library_is_left_alone(file: Path, monkeypatch: pytest.MonkeyP
 def test_negative_rows_are_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="max_rows must be 0 or at least 2"):
         build_engine(load_classifier(file, CPU), CPU, SHAPE, max_rows=-3)
+
+
+def convolutional(kernels: int) -> nn.Module:
+    """A network whose second and third layer Winograd's algorithm serves if they have whole runs of channels."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, kernels, 3, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(kernels, kernels, 3, padding=1, bias=False), nn.ReLU()]
+    layers += [
+        nn.Conv2d(kernels, kernels, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(kernels * SHAPE[1] * SHAPE[2], 5),
+    ]
+    return nn.Sequential(*layers)
+
+
+def test_winograd_serves_the_layers_that_it_can(monkeypatch):
+    monkeypatch.setattr(winograd_convolution, "LEAST_GAIN", 0)
+    network = convolutional(32)
+    engine, direct = (build_engine(network, CPU, SHAPE, winograd=chosen) for chosen in (True, False))
+    assert engine.network.convolutions.layers == 4
+    assert (engine.max_rows, direct.max_rows) == (WINOGRAD_MAX_ROWS, CPU_MAX_ROWS)
+    image = torch.rand(SHAPE)
+    found, expected = (
+        each.explain([Job(image, torch.zeros(SHAPE), 1, 20)])[0].attributions for each in (engine, direct)
+    )
+    assert not torch.equal(found, expected)
+    assert relative_distance(found, expected) <= 1e-4
+
+
+@pytest.mark.parametrize(("kernels", "options"), [(24, {}), (32, {"precision": "ieee"})], ids=["no layer fits", "ieee"])
+def test_without_winograd_convolutions_are_pytorchs(monkeypatch, kernels, options):
+    monkeypatch.setattr(winograd_convolution, "LEAST_GAIN", 0)
+    engine = build_engine(convolutional(kernels), CPU, SHAPE, winograd=True, **options)
+    assert not hasattr(engine.network.convolutions, "layers")
+    assert engine.max_rows == CPU_MAX_ROWS
+    assert build_engine(convolutional(kernels), CPU, SHAPE, 5, winograd=True, **options).max_rows == 5

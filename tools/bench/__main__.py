@@ -28,7 +28,7 @@ from tools.server import EmbeddedServer, Ports
 
 def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
     """The engine against Captum."""
-    contestants = engine.Contestants(device, "tf32" if device.type == "cuda" else "ieee", 4)
+    contestants = engine.Contestants(device, "tf32", 4)
     repeats = 1 if quick else 3
     if not quick:
         contestants.tune()
@@ -46,8 +46,7 @@ def measure_engine(quick: bool, device: torch.device) -> dict[str, Any]:
 
 def measure_photographs(quick: bool, device: torch.device) -> dict[str, Any]:
     """The same for a real network and photographs, at equal steps and at about equal accuracy."""
-    precision = "tf32" if device.type == "cuda" else "ieee"
-    contestants = engine.Contestants(device, precision, 1 if quick else 4, network="lite0")
+    contestants = engine.Contestants(device, "tf32", 1 if quick else 4, network="lite0")
     repeats = 1 if quick else 2
     if not quick:
         contestants.tune()

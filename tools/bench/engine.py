@@ -2,7 +2,8 @@
 
 Three implementations compute the same attributions:
 
-engine  as in `integrated_gradients`: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given.
+engine  as in `integrated_gradients`: TorchScript with folded batch norm, hoisted stem, channels_last, F(x) given; on a
+        CPU with Winograd's convolutions.
 (a)     Captum as in its public examples: the unchanged eager torchvision model, parameters requiring gradients,
         ``attribute(x, target=t, n_steps=n, return_convergence_delta=True)``. It runs in a process of its own, since
         the allocator settings of `engine_loading` would make it faster than its users have it.
@@ -326,7 +327,7 @@ def compare_precisions(
     ``quadrature`` is the distance of float64 at the engine's nodes to the midpoint rule that is the reference integral.
     The value of a precision is its distance to float64 at the same nodes.
     """
-    precisions = PRECISIONS if device.type == "cuda" else ("ieee",)
+    precisions = PRECISIONS if device.type == "cuda" else ("tf32", "ieee")
     contestants = {precision: Contestants(device, precision, n_images) for precision in precisions}
     exact = torch.jit.load(str(model_file()), map_location=device).eval().double()
     exact = AttributionEngine(exact, max_rows=min(32, contestants["ieee"].engine.max_rows))
@@ -469,7 +470,7 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="on a GPU")
+    parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="on a CPU: ieee convolves directly")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 300])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 4 8; on a GPU 1 to 64")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each cell (default: 5)")
@@ -508,7 +509,7 @@ def main() -> None:
     report = {
         "command": " ".join(["python -m tools.bench.engine", *sys.argv[1:]]),
         "machine": describe_machine(device),
-        "precision": arguments.precision if on_gpu else "ieee",
+        "precision": arguments.precision,
         "max_rows": contestants.engine.max_rows,
         "tuned_internal_batch_size": contestants.tuned_batch,
         "most_rows": most_rows,

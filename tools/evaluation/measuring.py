@@ -61,7 +61,7 @@ def load_engine(device: torch.device, precision: str, max_rows: int = 0, network
     file, manifest = model_file(network), load_manifest(network)
     density = PathDensity.load(file.with_name(FILE_NAME), manifest["model_sha256"])
     shape = Preprocessing.from_manifest(manifest["preprocessing"]).input_shape
-    return build_engine(load_classifier(file, device), device, shape, max_rows, precision, density)
+    return build_engine(load_classifier(file, device), device, shape, max_rows, precision, density, winograd=True)
 
 
 def explain(engine: AttributionEngine, jobs: Sequence[Job], **options: Any) -> list[Explanation]:

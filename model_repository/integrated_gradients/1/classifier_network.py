@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -87,6 +88,7 @@ class Network:
     ) -> None:
         self.module = module
         self.precision = precision
+        self.convolutions: AbstractContextManager[Any] = nullcontext()  # entered for the passes over rows
         self.hoists = hoist and hasattr(module, "stem") and hasattr(module, "tail")
         self.has_mean_slopes = self.hoists and hasattr(module, "mean_slope_tail")
         self._row_module = module if precision is None else copy.deepcopy(module).to(precision)
@@ -142,7 +144,7 @@ class Network:
         rows = objectives[0]
         features = rows.features.detach().to(self.precision or rows.features.dtype).requires_grad_()
         # TorchScript's optimiser would differentiate parts of the network by itself, with more passes over memory.
-        with torch.enable_grad(), torch.jit.optimized_execution(False):
+        with self.convolutions, torch.enable_grad(), torch.jit.optimized_execution(False):
             if any_paired:
                 logits = self._row_module.mean_slope_tail(features, rows.paired)
             else:
@@ -154,7 +156,8 @@ class Network:
             scales = self.precision == torch.float16
             direction = (FLOAT16_GRADIENT_SCALE * objective if scales else objective).to(logits.dtype)
             is_last = each is objectives[-1]
-            (gradients,) = torch.autograd.grad(logits, features, direction, retain_graph=not is_last)
+            with self.convolutions:
+                (gradients,) = torch.autograd.grad(logits, features, direction, retain_graph=not is_last)
             yield gradients.float() / FLOAT16_GRADIENT_SCALE if scales else gradients
 
     def _output_gradient(self, rows: Rows, logits: Tensor, any_paired: bool) -> Tensor:

@@ -71,7 +71,8 @@ class TritonPythonModel:
         max_rows, precision = int(settings["max_rows"]), settings["precision"]
         module = load_classifier(files.model, self.device)
         classes = check_classifier(module, files.model, shape, self.device)
-        self.engine = build_engine(module, self.device, shape, max_rows, precision, density)
+        winograd = bool(int(settings["cpu_winograd"]))
+        self.engine = build_engine(module, self.device, shape, max_rows, precision, density, winograd)
         check_gradients(self.engine.network, files.model, shape, self.device)
         try:
             images: Sequence[torch.Tensor] = load_images(files.folder / IMAGES_FILE, files.sha256, shape).unbind()
