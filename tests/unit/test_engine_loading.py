@@ -154,7 +154,7 @@ def convolutional(kernels: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(kernels * SHAPE[1] * SHAPE[2], 5),
     ]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def test_winograd_serves_the_layers_that_it_can(monkeypatch):
@@ -178,3 +178,10 @@ def test_without_winograd_convolutions_are_pytorchs(monkeypatch, kernels, option
     assert not hasattr(engine.network.convolutions, "layers")
     assert engine.max_rows == CPU_MAX_ROWS
     assert build_engine(convolutional(kernels), CPU, SHAPE, 5, winograd=True, **options).max_rows == 5
+
+
+@pytest.mark.parametrize("module", [lambda images: images.detach(), lambda images: images.mean()])
+def test_a_network_that_cannot_be_explained_is_left_to_the_check(module):
+    """`check_gradients`, which comes next, has a sentence for it."""
+    engine = build_engine(module, CPU, SHAPE, winograd=True)
+    assert not hasattr(engine.network.convolutions, "layers")

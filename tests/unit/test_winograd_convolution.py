@@ -25,7 +25,9 @@ def chosen(monkeypatch) -> WinogradConvolutions:
 def random_layer(count: int, channels: int, kernels: int, height: int, width: int):
     generator = torch.Generator().manual_seed(height)
     images = torch.randn(count, channels, height, width, generator=generator)
-    weights = torch.randn(kernels, channels, 3, 3, generator=generator) / channels
+    weights = (torch.randn(kernels, channels, 3, 3, generator=generator) / channels).to(
+        memory_format=torch.channels_last
+    )
     return images, weights, torch.randn(kernels, generator=generator)
 
 
@@ -135,3 +137,23 @@ def test_other_layers_are_not_for_it():
     assert not fits(images, weights[:30], [*GEOMETRY])
     assert not fits(images[:, :48], weights[:, :48], [*GEOMETRY])
     assert not fits(images.to("meta"), weights.to("meta"), [*GEOMETRY])
+    # PyTorch's outputs would not be channels_last, and a network may view them.
+    assert not fits(images, weights.contiguous(), [*GEOMETRY])
+    assert fits(images.to(memory_format=torch.channels_last), weights.contiguous(), [*GEOMETRY])
+
+
+def test_weights_at_the_same_place_are_told_apart(chosen):
+    images, weights, _ = random_layer(2, 32, 64, 8, 8)
+    with chosen:
+        with chosen.measuring():
+            functional.conv2d(images, weights, padding=1)
+        found = functional.conv2d(images, weights[:32], padding=1)
+    assert torch.equal(found, functional.conv2d(images, weights[:32], padding=1))
+
+
+def test_values_that_are_not_finite_stay_so(chosen):
+    images, weights, _ = random_layer(1, 32, 32, 8, 8)
+    images[0, 3, 2, 2] = float("nan")
+    found = Threads(1).convolve(images, transform_weights(weights), None)
+    assert found[0, :, 1:4, 1:4].isnan().all()
+    assert found[0, :, 4:].isfinite().all()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from attribution_engine import AttributionEngine
-from classifier_network import Network, Rows
+from classifier_network import Network, Rows, UnsupportedOutputError
 from path_density import PathDensity
-from winograd_convolution import WinogradConvolutions
 
 PRECISIONS = ("tf32", "float16", "ieee")
 # Rows a chunk on a CPU, and with Winograd's algorithm: see the tables in README.md beside this folder.
@@ -72,13 +71,15 @@ def build_engine(
 
 def _use_winograd(network: Network, image_shape: Sequence[int], max_rows: int) -> bool:
     """Let a network's passes use Winograd's algorithm for layers that it makes faster; whether there are some."""
-    rows = Rows.like(network.stem(torch.zeros(1, *image_shape)), torch.float32, max_rows)
+    from winograd_convolution import WinogradConvolutions  # it loads a compiler
+
     convolutions = WinogradConvolutions()
-    with convolutions.measuring():
+    # A network that has no gradients is none to be faster; `check_gradients` says what is wrong with it.
+    with convolutions.measuring(), contextlib.suppress(RuntimeError, UnsupportedOutputError):
         network.convolutions = convolutions
-        network.row_gradients(rows)
+        network.row_gradients(Rows.like(network.stem(torch.zeros(1, *image_shape)), torch.float32, max_rows))
     if not convolutions.layers:
-        network.convolutions = nullcontext()
+        network.convolutions = contextlib.nullcontext()
     _call_libc("malloc_trim", 0)  # weights are transformed in float64, which the passes do not need
     return bool(convolutions.layers)
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -46,6 +46,7 @@ INPUT_TRANSFORM = np.array([*INPUT_ROWS, [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 
 WEIGHT_TRANSFORM = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 OUTPUT_ROWS = [1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]
 OUTPUT_TRANSFORM = np.array(OUTPUT_ROWS, np.float32)
+# Products with 0 are left out, which only `fastmath` allows. There is no comparison of values, so NaNs still spread.
 compiled = njit(fastmath=True, nogil=True, boundscheck=False, error_model="numpy")
 
 
@@ -205,7 +206,10 @@ class Threads:
 
     def _each(self, work: Callable[[int], object]) -> None:
         others = [self._pool.submit(work, thread) for thread in range(1, self._count)]
-        work(0)
+        try:
+            work(0)
+        finally:
+            wait(others)  # nobody must write when this returns, or raises
         for other in others:
             other.result()
 
@@ -221,6 +225,8 @@ def _buffer(kept: dict[str, Floats], name: str, tiles: int, channels: int) -> Fl
 class WinogradConvolutions:
     """A context manager: convolutions of its thread that Winograd's algorithm made faster when measured are done so.
 
+    One thread may enter it at a time. Weights must not change.
+
     Args:
         threads: how many; absent, those of PyTorch.
     """
@@ -228,16 +234,17 @@ class WinogradConvolutions:
     def __init__(self, threads: int | None = None) -> None:
         _register_kernels()
         self._threads = Threads(threads or torch.get_num_threads())
-        # By the address of its weights and whether it is the backward pass: the weights, so that no others take their
+        # By the place of its weights and whether it is the backward pass: the weights, so that no others take their
         # place, and the transformed ones, or None if it is done directly.
-        self._layers: dict[tuple[int, bool], tuple[Tensor, Tensor | None]] = {}
+        self._layers: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+        self._outer: WinogradConvolutions | None = None
         self._measures = False
 
     def __enter__(self) -> None:
-        _entered.convolutions = self
+        self._outer, _entered.convolutions = getattr(_entered, "convolutions", None), self
 
     def __exit__(self, *_: object) -> None:
-        _entered.convolutions = None
+        _entered.convolutions = self._outer
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -257,7 +264,7 @@ class WinogradConvolutions:
         self, direct: Callable[[], Tensor], images: Tensor, weights: Tensor, bias: Any, *geometry: Any
     ) -> Tensor:
         """``aten::convolution``."""
-        if not fits(images, weights, geometry):
+        if not fits(images, weights, geometry) or (bias is not None and bias.dtype != torch.float32):
             return direct()
         return self._convolve(images, weights, bias, False, direct)
 
@@ -272,7 +279,7 @@ class WinogradConvolutions:
     def _convolve(
         self, images: Tensor, weights: Tensor, bias: Tensor | None, is_backward: bool, direct: Callable[[], Tensor]
     ) -> Tensor:
-        key = weights.data_ptr(), is_backward
+        key = weights.data_ptr(), weights.shape, weights.stride(), is_backward
         if self._measures and key not in self._layers:
             given = for_input_gradients(weights) if is_backward else weights
             self._layers[key] = weights, self._if_faster(images, given, bias, direct)
@@ -330,6 +337,8 @@ def _register_kernels() -> torch.library.Library:
 def fits(images: Tensor, weights: Tensor, geometry: Sequence[Any]) -> bool:
     """Whether this is a 3 x 3 convolution of stride 1 that keeps the size, of float32 and whole runs of channels.
 
+    Images or weights must be channels_last: then PyTorch's outputs are, too.
+
     Args:
         images: inputs [n, channels, height, width], or output gradients.
         weights: [outputs, channels, 3, 3].
@@ -345,4 +354,5 @@ def fits(images: Tensor, weights: Tensor, geometry: Sequence[Any]) -> bool:
         and tuple(weights.shape[2:]) == (3, 3)
         and all(list(each) == [1, 1] for each in (stride, padding, dilation))
         and not any(channels % LANES for channels in weights.shape[:2])
+        and any(each.is_contiguous(memory_format=torch.channels_last) for each in (images, weights))
     )
