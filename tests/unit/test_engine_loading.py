@@ -9,6 +9,7 @@ import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,8 @@ def convolutional(kernels: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(kernels * SHAPE[1] * SHAPE[2], 5),
     ]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    network: Any = nn.Sequential(*layers)  # its stub does not know this argument
+    return network.to(memory_format=torch.channels_last)
 
 
 def test_winograd_serves_the_layers_that_it_can(monkeypatch):
