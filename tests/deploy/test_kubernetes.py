@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from deploy.container_engine import wait_for
 from programs import run
 
 from tools.paths import ROOT
@@ -232,7 +233,8 @@ class Prometheus:
                 lambda: [
                     {"targets": [each["labels"]["instance"]], "labels": each["labels"]}
                     for each in ask("/api/v1/targets")["activeTargets"]
-                ]
+                ],
+                60,
             )
         finally:
             stop()
@@ -258,22 +260,12 @@ class Prometheus:
         return min(max(wanted, spec["minReplicaCount"]), spec["maxReplicaCount"])
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    until = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError):
-            if found := condition():
-                return found
-        assert time.monotonic() < until
-        time.sleep(0.5)
-
-
 @pytest.fixture(scope="module")
 def prometheus(cluster, tmp_path_factory) -> Iterator[Prometheus]:
     if absent := [name for name in ("prometheus", "victoria-metrics") if shutil.which(name) is None]:
         pytest.skip(f"not installed: {', '.join(absent)}")
     with Prometheus(cluster, tmp_path_factory.mktemp("prometheus")) as prometheus:
-        wait_for(lambda: prometheus.values("up") == 4 * [1])
+        wait_for(lambda: prometheus.values("up") == 4 * [1], 60)
         yield prometheus
 
 

@@ -48,7 +48,7 @@ def compare_served(folder: Path, repeats: int) -> dict[str, Any]:
     """Median seconds of each request at both servers, and the memory of their processes in MB."""
     servers = {
         name: EmbeddedServer(
-            with_settings(folder / name, "integrated_gradients", cpu_winograd=chosen, kept_bytes=0),
+            with_settings(folder / name, "integrated_gradients", cpu_winograd=chosen),
             Ports.free(),
             log_file=folder / f"{name}.log",
         )

@@ -31,7 +31,7 @@ Scratch = tuple[Floats, Floats, Floats]
 TILE, SIDE, PRODUCTS = 4, 6, 36
 # Channels that are transformed together: their 36 values stay in the first-level cache.
 LANES = 32
-# Bytes of a block's transformed tiles and products, for each thread: half of a usual second-level cache.
+# Bytes of a block's transformed tiles and products, for each thread: less than a second-level cache of 1 MB.
 BLOCK_BYTES = 900_000
 # Layers of more channels transform all tiles before the products, whose weights would otherwise be read for each block.
 MOST_BLOCK_CHANNELS = 128
