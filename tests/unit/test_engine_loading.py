@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import winograd_convolution
 from attribution_engine import AttributionEngine
 from attribution_job import Job
-from classifier_loading import load_classifier
+from classifier_loading import ClassifierError, check_gradients, load_classifier
 from conftest import relative_distance
 from engine_loading import CPU_MAX_ROWS, MALLOC_OPTIONS, PRECISIONS, WINOGRAD_MAX_ROWS, allow_tf32, build_engine
 from path_density import PathDensity
@@ -183,7 +184,9 @@ def test_without_winograd_convolutions_are_pytorchs(monkeypatch, kernels, option
 
 
 @pytest.mark.parametrize("module", [lambda images: images.detach(), lambda images: images.mean()])
-def test_a_network_that_cannot_be_explained_is_left_to_the_check(module):
-    """`check_gradients`, which comes next, has a sentence for it."""
-    engine = build_engine(module, CPU, SHAPE, winograd=True)
-    assert not hasattr(engine.network.convolutions, "layers")
+@pytest.mark.parametrize("winograd", [False, True])
+def test_a_network_that_cannot_be_explained_is_refused_by_the_check(module, winograd):
+    """Its sentence comes before whatever measuring such a network raises."""
+    check = partial(check_gradients, file=Path("model.pt"), image_shape=SHAPE, device=CPU)
+    with pytest.raises(ClassifierError, match=r"model\.pt has no gradients"):
+        build_engine(module, CPU, SHAPE, winograd=winograd, check=check)

@@ -7,7 +7,8 @@ import torch
 import winograd_convolution
 from conftest import relative_distance
 from torch.nn import functional
-from winograd_convolution import LANES, MOST_BLOCK_CHANNELS, Threads, WinogradConvolutions, fits, transform_weights
+from winograd_convolution import WinogradConvolutions, fits
+from winograd_kernels import LANES, MOST_BLOCK_CHANNELS, Threads, transform_weights
 
 # The paper's algorithm rounds more than a direct convolution, whose error is 2e-7.
 LARGEST_ERROR = 5e-6

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from tools.bench.engine import CaptumProcess
 from tools.classifiers import architectures
-from tools.classifiers.loading import load_source
+from tools.classifiers.loading import NETWORKS, load_source
 from tools.classifiers.source import Source
 from tools.evaluation.measuring import (
     describe_machine,
@@ -61,7 +61,7 @@ STATISTICS_IMAGES = 8
 
 def load_network(name: str) -> Source:
     """A network with the weights that are described above, loaded as the exporter loads a file of them."""
-    if name == "lite0":
+    if name in NETWORKS:
         return load_source(name)
     torch.manual_seed(0)
     network = architectures.build(name)

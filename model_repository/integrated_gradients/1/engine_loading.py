@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from attribution_engine import AttributionEngine
-from classifier_network import Network, Rows, UnsupportedOutputError
+from classifier_network import Network, Rows
 from path_density import PathDensity
 
 PRECISIONS = ("tf32", "float16", "ieee")
@@ -37,6 +37,7 @@ def build_engine(
     precision: str = "tf32",
     density: PathDensity | None = None,
     winograd: bool = False,
+    check: Callable[[Network], object] = lambda network: None,
 ) -> AttributionEngine:
     """Build the engine that explains a classifier.
 
@@ -48,6 +49,7 @@ def build_engine(
         precision: ``tf32``, ``float16`` or ``ieee`` on a CUDA device; a CPU always computes in float32.
         density: node density of this network's paths.
         winograd: on a CPU, use Winograd's algorithm for the convolutions that it makes faster; not with ``ieee``.
+        check: called with the network before its passes are measured; raises what is wrong with it.
 
     Raises:
         ValueError: unknown precision, or ``max_rows`` of 1 or below 0.
@@ -59,12 +61,14 @@ def build_engine(
     if device.type == "cpu":
         _keep_freed_memory()
         network, rows = Network(module), max_rows or CPU_MAX_ROWS
+        check(network)
         if winograd and precision != "ieee" and _use_winograd(network, image_shape, max_rows or WINOGRAD_MAX_ROWS):
             rows = max_rows or WINOGRAD_MAX_ROWS
         return AttributionEngine(network, max_rows=rows, density=density)
     allow_tf32(precision)
     torch.backends.cudnn.benchmark = True
     network = Network(module, torch.float16 if precision == "float16" else None, float64_stem=precision == "ieee")
+    check(network)
     rows = max_rows or _rows_that_fit(network, device, image_shape)
     return AttributionEngine(network, max_rows=rows, capture=True, density=density)
 
@@ -74,13 +78,12 @@ def _use_winograd(network: Network, image_shape: Sequence[int], max_rows: int) -
     from winograd_convolution import WinogradConvolutions  # it loads a compiler
 
     convolutions = WinogradConvolutions()
-    # A network that has no gradients is none to be faster; `check_gradients` says what is wrong with it.
-    with convolutions.measuring(), contextlib.suppress(RuntimeError, UnsupportedOutputError):
+    with convolutions.measuring():
         network.convolutions = convolutions
         network.row_gradients(Rows.like(network.stem(torch.zeros(1, *image_shape)), torch.float32, max_rows))
     if not convolutions.layers:
         network.convolutions = contextlib.nullcontext()
-    _call_libc("malloc_trim", 0)  # weights are transformed in float64, which the passes do not need
+    _call_libc("malloc_trim", 0)  # what only the timing took
     return bool(convolutions.layers)
 
 

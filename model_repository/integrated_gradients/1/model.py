@@ -72,8 +72,8 @@ class TritonPythonModel:
         module = load_classifier(files.model, self.device)
         classes = check_classifier(module, files.model, shape, self.device)
         winograd = bool(int(settings["cpu_winograd"]))
-        self.engine = build_engine(module, self.device, shape, max_rows, precision, density, winograd)
-        check_gradients(self.engine.network, files.model, shape, self.device)
+        check = partial(check_gradients, file=files.model, image_shape=shape, device=self.device)
+        self.engine = build_engine(module, self.device, shape, max_rows, precision, density, winograd, check)
         try:
             images: Sequence[torch.Tensor] = load_images(files.folder / IMAGES_FILE, files.sha256, shape).unbind()
         except BaselineError:
