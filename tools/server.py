@@ -1,9 +1,9 @@
 """The real Triton server from the nvidia-pytriton wheel, on this machine: ``python -m tools.server``.
 
 The wheel carries Triton 2.51 with the Python backend but without libtorch, so `tools/triton/pytorch_backend` stands in
-for the ``pytorch`` backend; the model repository is the one that a Triton container would mount. The server listens on
-127.0.0.1 only. Every API but inference (shared memory, models, logging, tracing) requires a key that is made at each
-start. From Python:
+for the ``pytorch`` backend; the model repository is the one that a Triton container would mount. TRITON_FOLDER and
+TRITON_PYTHON name another Triton (``tools.triton.installation``). The server listens on 127.0.0.1 only. Every API but
+inference (shared memory, models, logging, tracing) requires a key that is made at each start. From Python:
 
     with EmbeddedServer(ports=Ports.free()) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import re
 import secrets
@@ -21,12 +20,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools.paths import MODEL_REPOSITORY, OUTPUTS, ROOT
+from tools.triton.installation import Installation
 from tools.triton.options import (
     ADMIN_HEADER,
     LOCALHOST,
@@ -134,11 +133,10 @@ class EmbeddedServer(TritonProcess):
         Raises:
             ServerError: something is missing.
         """
-        server = wheel_folder("pytriton") / "tritonserver"
-        libraries = [str(wheel_folder("pytriton").parent / "nvidia_pytriton.libs"), str(_python_library().parent)]
+        triton = Installation.find(os.environ)
         command = [
-            str(server / "bin" / "tritonserver"),
-            f"--backend-directory={_assemble_backends(server, folder)}",
+            str(triton.server),
+            f"--backend-directory={_assemble_backends(triton, folder)}",
             self.region_option,
             "--model-control-mode=none",
             *server_options(self.repository, self.host, self.ports, self._admin_key, self.stop_seconds),
@@ -147,8 +145,10 @@ class EmbeddedServer(TritonProcess):
         environment = {
             **server_environment(os.environ),
             # The stub takes its environment from the first python3 on PATH.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
+            "PATH": os.pathsep.join([str(triton.python), os.environ.get("PATH", "")]),
+            "LD_LIBRARY_PATH": os.pathsep.join(
+                [*map(str, triton.libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+            ).rstrip(os.pathsep),
         }
         return command, environment
 
@@ -168,40 +168,13 @@ class EmbeddedServer(TritonProcess):
         return f"the server ended with code {self.process.returncode} before it was ready; see {self.log_file}"
 
 
-def wheel_folder(package: str) -> Path:
-    """Folder of an installed package.
-
-    Raises:
-        ServerError: it is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ServerError("nvidia-pytriton, which carries the Triton server, is not installed; run make serve")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _assemble_backends(server: Path, folder: Path) -> Path:
-    """Make a backend directory: the wheel's Python backend with this Python's stub, and the stand-in for libtorch."""
-    python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = server / "python_backend_stubs" / python_version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise ServerError(f"the nvidia-pytriton wheel has no stub for Python {python_version}")
+def _assemble_backends(triton: Installation, folder: Path) -> Path:
+    """Make a backend directory: the Python backend with this Python's stub, and the stand-in for libtorch."""
     backends = folder / "backends"
-    shutil.copytree(server / "backends" / "python", backends / "python")
-    shutil.copy(stub, backends / "python")
+    shutil.copytree(triton.python_backend, backends / "python")
+    shutil.copy(triton.stub, backends / "python")
     shutil.copytree(ROOT / "tools" / "triton" / "pytorch_backend", backends / "pytorch")
     return backends
-
-
-def _python_library() -> Path:
-    """The shared libpython that the backend's stub links against."""
-    library = Path(sysconfig.get_config_var("LIBDIR")) / (sysconfig.get_config_var("INSTSONAME") or "")
-    if not library.is_file() or ".so" not in library.name:
-        raise ServerError(
-            f"{sys.executable} has no shared libpython ({library}), which Triton's Python backend needs; "
-            "use a Python that was built with --enable-shared, as distributions' are"
-        )
-    return library
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import yaml
 
 from tools.bench.perf import libraries
 from tools.paths import ROOT
-from tools.server import wheel_folder
+from tools.triton.installation import wheel_folder
 from tools.triton.options import Ports
 
 STAND_INS = Path(__file__).parent / "stand_ins"

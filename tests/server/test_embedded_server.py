@@ -101,7 +101,7 @@ def test_broken_config_is_named(small_repository, tmp_path):
 
 
 def test_python_without_shared_library_is_named(small_repository, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.server.sysconfig.get_config_var", lambda name: "/nowhere")
+    monkeypatch.setattr("tools.triton.installation.sysconfig.get_config_var", lambda name: "/nowhere")
     server = EmbeddedServer(small_repository, Ports.free(), tmp_path / "log")
     with pytest.raises(ServerError, match="no shared libpython"), server:
         pass

@@ -20,7 +20,8 @@ from conftest import encode, scene_image
 from live_server import infer
 
 from tools.paths import ROOT
-from tools.server import EmbeddedServer, Ports, wheel_folder
+from tools.server import EmbeddedServer, Ports
+from tools.triton.installation import wheel_folder
 from tools.triton.process import ServerError
 
 REFUSAL = "must not use Triton's response cache, .*: remove response_cache from"

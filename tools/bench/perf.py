@@ -25,7 +25,8 @@ import numpy as np
 from tools.bench.load import jpeg_images
 from tools.export import repository_with
 from tools.paths import OUTPUTS
-from tools.server import EmbeddedServer, Ports, wheel_folder
+from tools.server import EmbeddedServer, Ports
+from tools.triton.installation import Installation
 
 MODELS = ("classify", "explain", "explain_stream")
 # Names that perf_analyzer needs -> beginnings of the names in the wheel.
@@ -49,7 +50,7 @@ def run(
     data.write_text(
         json.dumps({"data": [{"IMAGE": {"b64": _as_input(image), "shape": [1]}} for image in jpeg_images()]})
     )
-    command = [str(Path(sys.executable).with_name("perf_analyzer")), "-m", model, "-u", url, "-i", "grpc"]
+    command = [str(Installation.find(os.environ).perf_analyzer), "-m", model, "-u", url, "-i", "grpc"]
     command += ["--input-data", str(data), "-f", str(folder / f"{model}.csv")]
     profile = folder / f"{model}.json"
     profile.unlink(missing_ok=True)  # perf_analyzer does not overwrite it
@@ -63,7 +64,7 @@ def run(
 @contextmanager
 def libraries() -> Iterator[dict[str, str]]:
     """The environment in which perf_analyzer finds its libraries."""
-    folder = wheel_folder("pytriton").parent / "nvidia_pytriton.libs"
+    folder = Installation.find(os.environ).libraries[0]
     with tempfile.TemporaryDirectory(prefix="perf-libraries-") as links:
         for name, beginning in LIBRARIES.items():
             (Path(links) / name).symlink_to(next(folder.glob(f"{beginning}*")))

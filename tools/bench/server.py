@@ -17,7 +17,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,23 @@ class PeerService:
 
 
 def measure_throughput(
-    service: PeerService, server: EmbeddedServer, images: list[bytes], clients: list[int], seconds: float
+    service: PeerService,
+    server: EmbeddedServer,
+    images: list[bytes],
+    clients: list[int],
+    seconds: float,
+    contenders: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = CONTENDERS,
+    rounds: Mapping[int, int] = ROUNDS,
 ) -> list[dict[str, Any]]:
-    """A row for each contender and number of clients; contenders take turns, in ``ROUNDS`` rounds."""
+    """A row for each contender, and the peer, and number of clients; they take turns, in ``rounds`` rounds."""
     askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
-    for name, (outputs, parameters) in CONTENDERS.items():
+    for name, (outputs, parameters) in contenders.items():
         askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
     pace = {}
     for name, make_asker in askers.items():
         run_block(make_asker, 1, WARM_UPS)
         pace[name] = run_block(make_asker, 1, WARM_UPS).elapsed / WARM_UPS
-    turns = [(count, name) for count in clients for _ in range(ROUNDS.get(count, 1)) for name in askers]
+    turns = [(count, name) for count in clients for _ in range(rounds.get(count, 1)) for name in askers]
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for count, name in tqdm(turns, desc="clients x contenders"):
         process = service.process.pid if name == PEER else server.process.pid

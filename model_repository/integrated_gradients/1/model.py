@@ -107,10 +107,11 @@ class TritonPythonModel:
         limitation = getattr(module, "limitation", "") or "the file has no discrete ones"
         kind = "discrete" if self.engine.network.has_mean_slopes else f"those of points, because {limitation}"
         calibration = "calibrated" if density else _why_uncalibrated(files)
+        winograd_layers = getattr(self.engine.network.convolutions, "layers", 0)
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {files.model}, sha256 {files.sha256}, on {self.device}, "
             f"threads {torch.get_num_threads()}, {self.engine.max_rows} rows a chunk, "
-            f"gradients are {kind}, {calibration}"
+            f"{winograd_layers} convolutions by Winograd's algorithm, gradients are {kind}, {calibration}"
         )
 
     def execute(self, requests: list[Any]) -> list[None]:
