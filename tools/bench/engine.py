@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -305,7 +305,7 @@ def compare_compiled(contestants: Contestants, repeats: int) -> dict[str, float]
     engine = contestants.engine
     count = engine.max_rows
     rows = example_rows(contestants, count)
-    tensors = (rows.features, rows.classes, rows.signs, rows.on_probability)
+    tensors = tuple(getattr(rows, each.name) for each in fields(rows))
     joint = torch.compile(make_fx(lambda *inputs: engine.network.row_gradients(Rows(*inputs)))(*tensors))
     buffers = engine.passes.buffers(rows.features[:1], torch.float32)
     buffers.features.copy_(rows.features)

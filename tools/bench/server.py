@@ -75,6 +75,8 @@ class PeerService:
                     client.get(f"{self.url}/docs")
                     return self
                 except httpx.TransportError:
+                    if self.process.poll() is not None:
+                        break
                     time.sleep(0.1)
         raise RuntimeError("the FastAPI service did not start")
 
