@@ -55,6 +55,7 @@ class EmbeddedServer(TritonProcess):
 
     Raises:
         ServerError: on entering, when it cannot start.
+        SettingError: on entering, when a setting of the environment is not valid.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class EmbeddedServer(TritonProcess):
 
         Raises:
             ServerError: something is missing.
+            SettingError: a setting of the environment is not valid.
         """
         triton = Installation.find(os.environ)
         command = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.triton.installation import Installation
+from tools.triton.installation import Installation, find_perf_analyzer
 from tools.triton.options import SettingError
 
 
@@ -27,7 +27,7 @@ def test_the_folder_of_the_settings_is_used(folder):
     assert found.stub.parent == found.python_backend == folder / "backends" / "python"
     assert found.libraries == (folder / "lib",)
     assert found.python == folder / "python"
-    assert found.perf_analyzer == folder / "bin" / "perf_analyzer"
+    assert find_perf_analyzer(settings) == (folder / "bin" / "perf_analyzer", folder / "lib")
 
 
 def test_without_a_python_it_is_this_one(folder):
@@ -50,5 +50,8 @@ def test_what_a_folder_lacks_is_named(folder, missing, setting):
 
 def test_the_wheel_is_used_without_settings():
     found = Installation.find({})
-    assert all(file.is_file() for file in (found.server, found.stub, found.python / "python3", found.perf_analyzer))
+    assert all(file.is_file() for file in (found.server, found.stub, found.python / "python3"))
     assert all(path.is_dir() for path in (found.python_backend, *found.libraries))
+    binary, libraries = find_perf_analyzer({})
+    assert binary.is_file()
+    assert libraries == found.libraries[0]

@@ -106,6 +106,18 @@ def test_a_layer_that_was_not_measured_is_not_changed(chosen):
     assert not chosen.layers
 
 
+def test_layers_of_one_shape_are_timed_once(chosen):
+    layers = [random_layer(2, 32, 32, 8, 8) for _ in range(3)]
+    timed = []
+    with chosen, chosen.measuring():
+        for images, weights, _ in layers:
+            given = images, weights, None, *GEOMETRY
+            chosen.forward(lambda weights=weights: timed.append(weights), *given)
+    assert len(timed) == winograd_convolution.TIMED_RUNS
+    assert all(weights is layers[0][1] for weights in timed)
+    assert chosen.layers == 3
+
+
 def test_gradients_of_weights_are_pytorchs(chosen):
     images, weights, _ = random_layer(2, 32, 32, 8, 8)
     with chosen, chosen.measuring():
@@ -152,7 +164,7 @@ def test_weights_at_the_same_place_are_told_apart(chosen):
     assert torch.equal(found, functional.conv2d(images, weights[:32], padding=1))
 
 
-def test_values_that_are_not_finite_stay_so(chosen):
+def test_values_that_are_not_finite_stay_so():
     images, weights, _ = random_layer(1, 32, 32, 8, 8)
     images[0, 3, 2, 2] = float("nan")
     found = Threads(1).convolve(images, transform_weights(weights), None)

@@ -33,6 +33,7 @@ from tools.classifiers.source import Source
 from tools.evaluation.measuring import (
     describe_machine,
     explain,
+    held_out_images,
     interleaved,
     medians,
     relative_distance,
@@ -60,7 +61,7 @@ STATISTICS_IMAGES = 8
 
 
 def load_network(name: str) -> Source:
-    """A network with the weights that are described above, loaded as the exporter loads a file of them."""
+    """A network of ``NETWORKS``, or another with the weights that are described above, as the exporter loads them."""
     if name in NETWORKS:
         return load_source(name)
     torch.manual_seed(0)
@@ -84,12 +85,18 @@ def load_network(name: str) -> Source:
     return source
 
 
+def held_out(name: str, source: Source, count: int) -> list[Tensor]:
+    """Inputs for a network of ``load_network`` that nothing was fitted to: drawn scenes for ``shapes``, else crops."""
+    if name == "shapes":
+        return list(held_out_images(name, count).values())
+    return [view(image, source.preprocessing) for _, image in crops(HELD_OUT, count)]
+
+
 def measure(name: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     source = load_network(name)
     network, preprocessing = source.module, source.preprocessing
-    _, photograph = next(crops(HELD_OUT, 1))
-    image = view(photograph, preprocessing)
+    (image,) = held_out(name, source, 1)
     with torch.no_grad():
         target = int(network(image[None]).argmax())
     with tempfile.TemporaryDirectory() as folder:

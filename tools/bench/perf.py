@@ -1,7 +1,7 @@
 """perf_analyzer against a served model: ``python -m tools.bench.perf explain --concurrency-range 1:4``.
 
-The tritonclient wheel contains the binary. Two libraries that it needs are in the embedded server's wheel under other
-names. This links them, writes JPEG images as input data, and passes all other options on. It measures a running server
+The tritonclient wheel contains the binary, or TRITON_FOLDER. Two libraries that it needs have other names beside the
+server. This links them, writes JPEG images as input data, and passes all other options on. It measures a running server
 (``-u HOST:PORT``), or starts one. `explain_stream` is measured with streaming; its report is read from the profile
 export, because perf_analyzer prints only the last response of a stream.
 """
@@ -26,7 +26,7 @@ from tools.bench.load import jpeg_images
 from tools.export import repository_with
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
-from tools.triton.installation import Installation
+from tools.triton.installation import find_perf_analyzer
 
 MODELS = ("classify", "explain", "explain_stream")
 # Names that perf_analyzer needs -> beginnings of the names in the wheel.
@@ -50,7 +50,7 @@ def run(
     data.write_text(
         json.dumps({"data": [{"IMAGE": {"b64": _as_input(image), "shape": [1]}} for image in jpeg_images()]})
     )
-    command = [str(Installation.find(os.environ).perf_analyzer), "-m", model, "-u", url, "-i", "grpc"]
+    command = [str(find_perf_analyzer(os.environ)[0]), "-m", model, "-u", url, "-i", "grpc"]
     command += ["--input-data", str(data), "-f", str(folder / f"{model}.csv")]
     profile = folder / f"{model}.json"
     profile.unlink(missing_ok=True)  # perf_analyzer does not overwrite it
@@ -64,7 +64,7 @@ def run(
 @contextmanager
 def libraries() -> Iterator[dict[str, str]]:
     """The environment in which perf_analyzer finds its libraries."""
-    folder = Installation.find(os.environ).libraries[0]
+    _, folder = find_perf_analyzer(os.environ)
     with tempfile.TemporaryDirectory(prefix="perf-libraries-") as links:
         for name, beginning in LIBRARIES.items():
             (Path(links) / name).symlink_to(next(folder.glob(f"{beginning}*")))

@@ -78,6 +78,7 @@ class PeerService:
                     if self.process.poll() is not None:
                         break
                     time.sleep(0.1)
+        self.__exit__()
         raise RuntimeError("the FastAPI service did not start")
 
     def __exit__(self, *_: object) -> None:
@@ -97,6 +98,19 @@ class PeerService:
         return ask
 
 
+def make_askers(
+    service: PeerService,
+    server: EmbeddedServer,
+    images: list[bytes],
+    contenders: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = CONTENDERS,
+) -> dict[str, Callable[[], Ask]]:
+    """By name, how a client of the peer or of a contender is made."""
+    askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
+    for name, (outputs, parameters) in contenders.items():
+        askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
+    return askers
+
+
 def measure_throughput(
     service: PeerService,
     server: EmbeddedServer,
@@ -107,9 +121,7 @@ def measure_throughput(
     rounds: Mapping[int, int] = ROUNDS,
 ) -> list[dict[str, Any]]:
     """A row for each contender, and the peer, and number of clients; they take turns, in ``rounds`` rounds."""
-    askers: dict[str, Callable[[], Ask]] = {PEER: lambda: service.asker("explain", images)}
-    for name, (outputs, parameters) in contenders.items():
-        askers[name] = partial(triton_asker, server.grpc_url, "explain", images, outputs, parameters)
+    askers = make_askers(service, server, images, contenders)
     pace = {}
     for name, make_asker in askers.items():
         run_block(make_asker, 1, WARM_UPS)

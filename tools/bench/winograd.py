@@ -25,20 +25,18 @@ from classifier_loading import load_classifier
 from engine_loading import CPU_MAX_ROWS, build_engine
 from tqdm import tqdm
 
-from tools.bench.architectures import load_network
+from tools.bench.architectures import held_out, load_network
 from tools.bench.load import jpeg_images, triton_asker
 from tools.bench.overload import with_settings
 from tools.bench.processes import memory_sampler
 from tools.evaluation.measuring import (
     describe_machine,
     explain,
-    held_out_images,
     interleaved,
     medians,
     relative_distance,
     write_report,
 )
-from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.paths import OUTPUTS
 from tools.server import EmbeddedServer, Ports
 from tools.torchscript.served_classifier import script
@@ -91,20 +89,16 @@ def measure_gate(network: str) -> dict[str, list[float]]:
     """
     source = load_network(network)
     shape = source.preprocessing.input_shape
-    if network == "shapes":
-        images = list(held_out_images(network, IMAGES).values())
-    else:
-        images = [view(image, source.preprocessing) for _, image in crops(HELD_OUT, IMAGES)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.pt"
-        script(source.module, source.preprocessing.input_shape, file)
+        script(source.module, shape, file)
         engines = {
             name: build_engine(load_classifier(file, CPU), CPU, shape, precision=precision, winograd=True)
             for name, precision in (("direct", "ieee"), ("winograd", "tf32"))
         }
         exact = AttributionEngine(torch.jit.load(str(file), map_location=CPU).eval().double(), CPU_MAX_ROWS)
     errors: dict[str, list[float]] = {"quadrature": [], "direct": [], "winograd": []}
-    for image in tqdm(images, desc=network):
+    for image in tqdm(held_out(network, source, IMAGES), desc=network):
         with torch.no_grad():
             target = int(engines["direct"].network(image[None]).argmax())
         job = Job(image, torch.zeros_like(image), target, STEPS)

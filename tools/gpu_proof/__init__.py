@@ -1,1 +1,1 @@
-"""Every claim about GPUs, measured in one run: ``python -m tools.gpu_proof``."""
+"""What one GPU can show, measured in one run: ``python -m tools.gpu_proof``."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from attribution_engine import AttributionEngine
-from engine_loading import PRECISIONS
+from engine_loading import PRECISIONS, allow_tf32
 
 from tools.bench import engine as bench
-from tools.evaluation.measuring import default_device, explain, interleaved, medians, timed
+from tools.evaluation.measuring import default_device, interleaved, medians, timed
 from tools.gpu_proof.part import Record
 
 DEVICE = default_device()
@@ -56,18 +56,41 @@ def _wait() -> None:
 
 
 @cache
-def contestants(precision: str, batch: int) -> bench.Contestants:
+def kept(precision: str, batch: int) -> bench.Contestants:
     return bench.Contestants(DEVICE, precision, batch)
+
+
+def contestants(precision: str, quick: bool) -> bench.Contestants:
+    """The implementations over a batch of images. From now on the process computes in this precision.
+
+    Captum's process is one for all precisions, with PyTorch's defaults: its convolutions use TF32.
+    """
+    batch = 2 if quick else BATCH
+    first, found = kept(PRECISIONS[0], batch), kept(precision, batch)
+    found.captum, found.tuned_batch = first.captum, first.tuned_batch
+    allow_tf32(precision)  # building another engine has set it for all
+    return found
+
+
+def graphs(engine: AttributionEngine) -> list[str]:
+    """The row counts of an engine's CUDA graphs, so that figures show whether there were any."""
+    return [f"{rows}{' paired' * paired}" for rows, paired in sorted(getattr(engine.passes, "_graphs", ()))]
+
+
+def measure_first(record: Record) -> None:
+    """Seconds of the first explanations of this process, which load libraries and capture the graphs."""
+    fresh = contestants(PRECISIONS[0], record.quick)
+    record["first explanations, seconds"] = [timed(partial(fresh.run_engine, 1, STEPS)) for _ in range(3)]
 
 
 def compare_single(record: Record) -> None:
     """Median seconds of one image, by precision: with graphs, without, calibrated; and Captum's."""
     for precision in PRECISIONS:
-        ours = contestants(precision, 2 if record.quick else BATCH)
-        launched = copy.copy(ours)
-        launched.engine = AttributionEngine(ours.engine.network, ours.engine.max_rows, density=ours.engine.density)
+        ours = contestants(precision, record.quick)
         if precision == PRECISIONS[0]:
             ours.tune()
+        launched = copy.copy(ours)
+        launched.engine = AttributionEngine(ours.engine.network, ours.engine.max_rows, density=ours.engine.density)
         runs = {
             f"{STEPS} steps": partial(ours.run_engine, 1, STEPS),
             f"{STEPS} steps, without graphs": partial(launched.run_engine, 1, STEPS),
@@ -77,9 +100,10 @@ def compare_single(record: Record) -> None:
             "captum": partial(ours.run_captum, 1, STEPS),
             "captum, tuned": partial(ours.run_tuned, 1, STEPS),
         }
-        seconds = medians(interleaved(runs, 1 if record.quick else 20, ("captum",)))
+        seconds = medians(interleaved(runs, 1 if record.quick else 15, ("captum",)))
         record[f"one image, {precision}"] = {
             "max_rows": ours.engine.max_rows,
+            "graphs": graphs(ours.engine),
             "median_seconds": seconds,
             "times_captum": seconds["captum"] / seconds[f"{STEPS} steps"],
             "times_tuned": seconds["captum, tuned"] / seconds[f"{STEPS} steps"],
@@ -88,18 +112,21 @@ def compare_single(record: Record) -> None:
 
 def compare_batch(record: Record) -> None:
     """Explanations a second of a batch, by precision."""
-    batch = 2 if record.quick else BATCH
     for precision in PRECISIONS:
-        runs = {"batch": partial(contestants(precision, batch).run_engine, batch, STEPS)}
-        seconds = medians(interleaved(runs, 1 if record.quick else 10))["batch"]
-        record[f"batch of {batch}, {precision}"] = {"median_seconds": seconds, "per_second": batch / seconds}
+        ours = contestants(precision, record.quick)
+        batch = len(ours.images)
+        seconds = medians(interleaved({"batch": partial(ours.run_engine, batch, STEPS)}, 1 if record.quick else 10))
+        record[f"batch of {batch}, {precision}"] = {
+            "graphs": graphs(ours.engine),
+            "median_seconds": seconds["batch"],
+            "per_second": batch / seconds["batch"],
+        }
 
 
-def compare_errors(record: Record) -> None:
-    """What each precision adds to float64 at the same nodes, beside the quadrature error; the gate is a third of it."""
-    images, reference = (1, 64) if record.quick else (8, bench.REFERENCE_STEPS)
-    for steps in (STEPS, 20):
-        record[f"errors, {steps} steps"] = bench.compare_precisions(DEVICE, images, steps, reference)
+def profile(record: Record) -> None:
+    """Share of convolutions, and GFLOP/s that the engine achieves."""
+    for precision in PRECISIONS[:2]:
+        record[f"profile, {precision}"] = bench.profile_engine(contestants(precision, record.quick))
 
 
 def compare_rows(record: Record) -> None:
@@ -111,26 +138,19 @@ def compare_rows(record: Record) -> None:
         record[f"rows a pass, {precision}"] = medians(interleaved(runs, 1 if record.quick else 10))
 
 
-def profile(record: Record) -> None:
-    """Share of convolutions, and GFLOP/s that the engine achieves."""
-    for precision in PRECISIONS[:2]:
-        record[f"profile, {precision}"] = bench.profile_engine(contestants(precision, 2 if record.quick else BATCH))
-
-
-def measure_first(record: Record) -> None:
-    """Seconds of the first explanations after loading, which capture the graphs."""
-    fresh = bench.Contestants(DEVICE, PRECISIONS[0], 1)
-    record["first explanations, seconds"] = [
-        timed(lambda: explain(fresh.engine, fresh.jobs((STEPS,)))) for _ in range(3)
-    ]
+def compare_errors(record: Record) -> None:
+    """What each precision adds to float64 at the same nodes, beside the quadrature error; the gate is a third of it."""
+    images, reference = (1, 64) if record.quick else (4, 512)
+    for steps in (STEPS, 20):
+        record[f"errors, {steps} steps"] = bench.compare_precisions(DEVICE, images, steps, reference)
 
 
 MEASURES = {
     "rates": measure_rates,
+    "first": measure_first,
     "one image": compare_single,
     "batch": compare_batch,
-    "errors": compare_errors,
-    "rows": compare_rows,
     "profile": profile,
-    "first": measure_first,
+    "rows": compare_rows,
+    "errors": compare_errors,
 }

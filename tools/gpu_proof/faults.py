@@ -12,13 +12,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from explain_client import ExplainClient, ExplainError, TensorClient
+from explain_client.tensors import SharedMemory
 from tools.bench.load import jpeg_images
 from tools.bench.overload import with_settings
 from tools.evaluation.measuring import default_device, held_out_images, relative_distance
@@ -30,7 +32,8 @@ from tools.triton.process import ServerError
 
 DEVICE = default_device()
 LEFT_BYTES = 700 << 20  # for the server, while another process holds the rest
-STOP_SECONDS, START_SECONDS, RECOVERY_SECONDS = 15, 60, 45
+STOP_SECONDS, START_SECONDS, RECOVERY_SECONDS = 8, 45, 60
+# Their numbers of steps repeat after half of them: what is captured once must not count as lost.
 REQUESTS = 200
 LOG_WORDS = "no memory", "failed", "CUDA graphs", "rows a chunk"
 # Added to the model in the repository of these tests: where a file asks for it, the next pass fails in a kernel.
@@ -89,9 +92,9 @@ class Supervised:
                 stderr=subprocess.STDOUT,
             )
         until = time.monotonic() + START_SECONDS
-        while "ready" not in self.log.read_text():
+        while "ready; Ctrl-C" not in self.log.read_text():
             if self.process.poll() is not None or time.monotonic() > until:
-                self.process.terminate()
+                self.__exit__()
                 raise ServerError(self.log.read_text()[-1000:])
             time.sleep(0.2)
         return self
@@ -135,7 +138,9 @@ def memory_held() -> Iterator[int]:
         assert holder.stdout is not None
         assert holder.stdin is not None
         try:
-            yield int(holder.stdout.readline() or 0)
+            if not (left := holder.stdout.readline()):
+                raise RuntimeError("the process that should hold the device's memory has ended")
+            yield int(left)
         finally:
             holder.stdin.close()
 
@@ -151,50 +156,56 @@ def used_megabytes() -> float:
 def measure(record: Record) -> None:
     image = jpeg_images()[0]
     with tempfile.TemporaryDirectory() as folder, Supervised(Path(folder)) as server:
-        record["log at start"] = server.log.read_text().splitlines()
-        # Before the first explanation: later it has the memory of a whole pass, and keeps it.
-        with memory_held() as left:
-            record["little memory"] = {
-                "left MB": left / 1e6,
-                "50 steps": server.ask(image, n_steps=50),
-                "10 steps": server.ask(image, n_steps=10),
-            }
-        record["memory is back"] = [server.ask(image, n_steps=50) for _ in range(3)]
-        server.request.touch()
-        record["assertion in a kernel"] = {
-            "request": server.ask(image, n_steps=50),
-            "seconds until the next answer": server.recovery(image),
-            "later": [server.ask(image, n_steps=50) for _ in range(2)],
-        }
-        record["supervisor"] = server.log.read_text().splitlines()[-8:]
-        log = (OUTPUTS / "triton.log").read_text(errors="replace").splitlines()
-        record["server's log"] = [line[:300] for line in log if any(word in line for word in LOG_WORDS)][-20:]
+        try:
+            # Before the first explanation: later it has the memory of a whole pass, and keeps it.
+            with memory_held() as left:
+                record["little memory, MB left"] = left / 1e6
+                record["little memory"] = {f"{steps} steps": server.ask(image, n_steps=steps) for steps in (50, 10)}
+            record["memory is back, seconds until an answer"] = server.recovery(image)
+            record["memory is back"] = [server.ask(image, n_steps=50) for _ in range(3)]
+            server.request.touch()
+            record["assertion in a kernel"] = server.ask(image, n_steps=50)
+            record["assertion, seconds until the next answer"] = server.recovery(image)
+            record["after the assertion"] = [server.ask(image, n_steps=50) for _ in range(2)]
+        finally:
+            record["supervisor"] = server.log.read_text().splitlines()[-8:]
+            log = (OUTPUTS / "triton.log").read_text(errors="replace").splitlines()
+            record["server's log"] = [line[:300] for line in log if any(word in line for word in LOG_WORDS)][-20:]
 
 
 def share_memory(record: Record) -> None:
-    """Attributions through the device's memory equal those over the connection."""
+    """Shared memory, and the device's memory before and after many requests."""
     pixels = np.stack([each.numpy() for each in held_out_images("shapes", 2).values()])
-    kinds: tuple[Literal["cuda", "system"], ...] = ("cuda", "system") if DEVICE.type == "cuda" else ("system",)
+    kinds: tuple[SharedMemory, ...] = ("system", "cuda") if DEVICE.type == "cuda" else ("system",)
     with tempfile.TemporaryDirectory() as folder, Supervised(Path(folder)) as server:
         key = next(OUTPUTS.glob(f"admin-{server.ports.grpc}.key")).read_text().strip()
         headers = {"triton-grpc-protocol-admin-key": key}
-        with TensorClient(server.url, headers=headers) as client:
-            logits, _ = client.classify(pixels)
-            expected = client.attribute(pixels, logits, n_steps=20).attributions
         for kind in kinds:
-            with TensorClient(server.url, headers=headers, shared_memory=kind) as client:
-                started = time.monotonic()
-                found = client.attribute(pixels, logits, n_steps=20).attributions
-                record[f"{kind} shared memory"] = {
-                    "seconds": time.monotonic() - started,
-                    "distance": relative_distance(torch.tensor(found), torch.tensor(expected)),
-                }
-        before = used_megabytes()
-        image, count = jpeg_images()[0], 3 if record.quick else REQUESTS
+            record.attempt(f"{kind} shared memory", partial(compare_shared, record, server, headers, kind, pixels))
+        image = jpeg_images()[0]
+        used = [used_megabytes()]
         with ExplainClient(server.url, timeout=60) as client:
-            for number in range(count):
-                client.explain(image, n_steps=2 + number % 100)
-        record[f"device memory, {count} requests, MB"] = {"before": before, "after": used_megabytes()}
+            for _ in range(2):
+                for number in range(2 if record.quick else REQUESTS // 2):
+                    client.explain(image, n_steps=2 + number)
+                used.append(used_megabytes())
+        record["device memory after none, half and all of the requests, MB"] = used
+
+
+def compare_shared(
+    record: Record, server: Supervised, headers: dict[str, str], kind: SharedMemory, pixels: Any
+) -> None:
+    """Attributions through shared memory against those over the connection."""
+    with TensorClient(server.url, headers=headers) as client:
+        logits, _ = client.classify(pixels)
+        expected = client.attribute(pixels, logits, n_steps=20).attributions
+    with TensorClient(server.url, headers=headers, shared_memory=kind) as client:
+        started = time.monotonic()
+        found = client.attribute(pixels, logits, n_steps=20).attributions
+        record[f"{kind} shared memory"] = {
+            "seconds": time.monotonic() - started,
+            "distance": relative_distance(torch.tensor(found), torch.tensor(expected)),
+        }
 
 
 MEASURES = {"faults": measure, "shared memory": share_memory}

@@ -18,10 +18,10 @@ from engine_loading import build_engine
 from path_baselines import Baselines
 from torch import Tensor, nn
 
-from tools.bench.architectures import load_network
-from tools.evaluation.measuring import default_device, explain, held_out_images, relative_distance
+from tools.bench.architectures import held_out, load_network
+from tools.evaluation.measuring import default_device, explain, relative_distance
+from tools.gpu_proof.engine import graphs
 from tools.gpu_proof.part import Record
-from tools.imagenet.photographs import HELD_OUT, crops, view
 from tools.torchscript.served_classifier import script
 
 # The second has random weights; its layers are those of EfficientNet-Lite0.
@@ -52,10 +52,7 @@ class Case(NamedTuple):
 def case(network: str) -> Case:
     source = load_network(network)
     shape = source.preprocessing.input_shape
-    if network == "shapes":
-        images = list(held_out_images(network, IMAGES).values())
-    else:
-        images = [view(image, source.preprocessing) for _, image in crops(HELD_OUT, IMAGES)]
+    images = held_out(network, source, IMAGES)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.pt"
         script(copy.deepcopy(source.module), shape, file)
@@ -128,7 +125,7 @@ def compare_graphs(record: Record) -> None:
             ]
             for _ in range(2)
         ]
-        record[f"graphs, {network}"] = distances
+        record[f"graphs, {network}"] = {"distances": distances, "captured": graphs(engine)}
 
 
 def compare_batches(record: Record) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tools.evaluation.measuring import describe_machine, rounded
+from tools.gpu_proof.__main__ import PARTS
 from tools.triton.supervisor import stop_on_signals
-
-# Parts in the order of a run, and their limits in seconds.
-PARTS = {"parity": 75, "engine": 100, "served": 130, "faults": 75, "compiled": 60, "trace": 40}
 
 
 class Record:
@@ -28,14 +29,25 @@ class Record:
 
     def __init__(self, file: Path, quick: bool) -> None:
         self.file, self.quick = file, quick
+        self.failures = 0
         self._started = time.monotonic()
         self._results: dict[str, Any] = {"machine": describe_machine(), "quick": quick}
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._results[name] = value
-        self._results["seconds"] = round(time.monotonic() - self._started, 1)
-        self.file.write_text(json.dumps(rounded(self._results), indent=1) + "\n")
+        self._results.pop("seconds", None)
+        self._results |= {name: value, "seconds": round(time.monotonic() - self._started, 1)}
+        written = self.file.with_suffix(".part")
+        written.write_text(json.dumps(rounded(self._results), indent=1) + "\n")
+        os.replace(written, self.file)
         print(f"{self._results['seconds']:6.1f} s  {name}", flush=True)
+
+    def attempt(self, name: str, measure: Callable[[], object]) -> None:
+        """Measure something; if it fails, record why, and go on."""
+        try:
+            measure()
+        except Exception:
+            self[f"{name} failed"] = traceback.format_exc().splitlines()[-12:]
+            self.failures += 1
 
 
 def main() -> None:
@@ -46,17 +58,13 @@ def main() -> None:
     arguments = parser.parse_args()
     stop_on_signals()
     record = Record(arguments.out, arguments.quick)
-    failures = 0
     for name, measure in importlib.import_module(f"tools.gpu_proof.{arguments.part}").MEASURES.items():
         try:
-            measure(record)
+            record.attempt(name, partial(measure, record))
         except KeyboardInterrupt:
             record["stopped in"] = name
             sys.exit(1)
-        except Exception:
-            record[f"{name} failed"] = traceback.format_exc().splitlines()[-12:]
-            failures += 1
-    sys.exit(failures)
+    sys.exit(record.failures)
 
 
 if __name__ == "__main__":

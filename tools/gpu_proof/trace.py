@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from engine_loading import PRECISIONS
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,21 +13,18 @@ KERNELS = 25
 
 
 def measure(record: Record) -> None:
-    device = default_device()
+    device, precision = default_device(), PRECISIONS[0]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    for precision in PRECISIONS[:1] if record.quick else PRECISIONS[:2]:
-        contestants = bench.Contestants(device, precision, 1)
-        for _ in range(3):
-            contestants.run_engine(1, 50)
-        torch.set_grad_enabled(True)
-        with profile(activities=activities) as profiler:
-            contestants.run_engine(1, 50)
-        attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, attribute))
-        record[f"kernels, {precision}"] = {
-            event.key[:120]: {"us": getattr(event, attribute), "calls": event.count} for event in events[:KERNELS]
-        }
-        profiler.export_chrome_trace(str(record.file.with_name(f"trace_{precision}.json.gz")))
+    contestants = bench.Contestants(device, precision, 1)
+    for _ in range(3):
+        contestants.run_engine(1, 50)
+    with profile(activities=activities, acc_events=True) as profiler:
+        contestants.run_engine(1, 50)
+    record[f"kernels, {precision}"] = {
+        event.key[:120]: {"us": microseconds, "calls": event.count}
+        for event, microseconds in bench.kernel_times(profiler, device)[:KERNELS]
+    }
+    profiler.export_chrome_trace(str(record.file.with_name("trace.json.gz")))
 
 
 MEASURES = {"trace": measure}

@@ -24,7 +24,6 @@ class Installation:
     stub: Path  # of the Python backend, for the Python that runs the models
     libraries: tuple[Path, ...]  # folders
     python: Path  # the stub takes its environment from the python3 in this folder
-    perf_analyzer: Path
 
     @classmethod
     def find(cls, settings: Mapping[str, str]) -> Installation:
@@ -49,7 +48,7 @@ class Installation:
         for setting, file in ((FOLDER_SETTING, server), (FOLDER_SETTING, stub), (PYTHON_SETTING, python / "python3")):
             if not file.is_file():
                 raise SettingError(f"{setting}: there is no {file}")
-        return cls(server, backend, stub, (folder / "lib",), python, folder / "bin" / "perf_analyzer")
+        return cls(server, backend, stub, (folder / "lib",), python)
 
     @classmethod
     def _in_wheel(cls) -> Installation:
@@ -58,10 +57,21 @@ class Installation:
         stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
         if not stub.is_file():
             raise ServerError(f"the nvidia-pytriton wheel has no stub for Python {version}")
-        scripts = Path(sys.executable).parent
         libraries = package.parent / "nvidia_pytriton.libs", _python_library().parent
         backend = server / "backends" / "python"
-        return cls(server / "bin" / "tritonserver", backend, stub, libraries, scripts, scripts / "perf_analyzer")
+        return cls(server / "bin" / "tritonserver", backend, stub, libraries, Path(sys.executable).parent)
+
+
+def find_perf_analyzer(settings: Mapping[str, str]) -> tuple[Path, Path]:
+    """perf_analyzer, and the folder of its libraries: in TRITON_FOLDER, or in the wheels.
+
+    Raises:
+        ServerError: the wheel is not installed.
+    """
+    if folder := settings.get(FOLDER_SETTING):
+        return Path(folder) / "bin" / "perf_analyzer", Path(folder) / "lib"
+    libraries = wheel_folder("pytriton").parent / "nvidia_pytriton.libs"
+    return Path(sys.executable).with_name("perf_analyzer"), libraries
 
 
 def wheel_folder(package: str) -> Path:

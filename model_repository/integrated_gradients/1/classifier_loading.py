@@ -87,7 +87,7 @@ def check_classifier(module: Any, file: Path, image_shape: Sequence[int], device
 
 
 def check_gradients(network: Network, file: Path, image_shape: Sequence[int], device: torch.device) -> None:
-    """Take the gradients of two rows as the engine does, at points and over the segment between them.
+    """Take the gradients of two rows, at points and over the segment between them.
 
     Args:
         network: of the engine.

@@ -111,7 +111,8 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(
             f"integrated_gradients explains {files.model}, sha256 {files.sha256}, on {self.device}, "
             f"threads {torch.get_num_threads()}, {self.engine.max_rows} rows a chunk, "
-            f"{winograd_layers} convolutions by Winograd's algorithm, gradients are {kind}, {calibration}"
+            f"{winograd_layers} convolutions and input gradients by Winograd's algorithm, "
+            f"gradients are {kind}, {calibration}"
         )
 
     def execute(self, requests: list[Any]) -> list[None]:
