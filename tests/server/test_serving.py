@@ -140,9 +140,9 @@ def test_short_requests_overtake_long_ones_in_their_batch_and_before_it(triton, 
         done.append(n_steps)
 
     with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(ask, 150)]
+        calls = [pool.submit(ask, 240)]  # longer than the model holds a batch (2 s)
         time.sleep(0.5)  # while the model holds its first batch, the next two gather in its queue
-        calls.append(pool.submit(ask, 80))
+        calls.append(pool.submit(ask, 160))
         time.sleep(0.2)
         calls.append(pool.submit(ask, 5))
         calls[-1].result()
@@ -150,7 +150,7 @@ def test_short_requests_overtake_long_ones_in_their_batch_and_before_it(triton, 
         for call in calls:
             call.result()
     wait_for_batches(triton, "integrated_gradients", 2, before + 1)
-    assert done == [5, 6, 80, 150]
+    assert done == [5, 6, 160, 240]
 
 
 @pytest.mark.parametrize(
