@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -65,7 +66,7 @@ def test_processes_of_a_part_are_killed_wherever_they_have_gone():
 
 @pytest.mark.parametrize("name", proof.PARTS)
 def test_each_part_has_measures(name):
-    assert __import__(f"tools.gpu_proof.{name}", fromlist=["MEASURES"]).MEASURES
+    assert importlib.import_module(f"tools.gpu_proof.{name}").MEASURES
 
 
 class Flagged:

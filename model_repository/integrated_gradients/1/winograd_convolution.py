@@ -109,8 +109,8 @@ class WinogradConvolutions:
             return self._threads.convolve(images, transformed, bias)
 
         pairs = [(seconds(direct), seconds(winograd)) for _ in range(TIMED_RUNS)]
-        directly, transformed_ones = map(min, zip(*pairs))
-        self._faster[shapes] = directly >= LEAST_GAIN * transformed_ones
+        directly, by_winograd = map(min, zip(*pairs))
+        self._faster[shapes] = directly >= LEAST_GAIN * by_winograd
         return transformed if self._faster[shapes] else None
 
 
